@@ -1,0 +1,992 @@
+"""Train GPT-2 (124M) from nothing, in one file that reads from top to bottom.
+
+    python train_gpt2.py --demo                           # a small GPT-2 in minutes on any machine, no network
+    python train_gpt2.py                                  # GPT-2 124M on one GPU, over the shards of fineweb.py
+    torchrun --nproc_per_node=8 train_gpt2.py             # the same run, batch by batch, on eight
+    python train_gpt2.py --sample --prompt "Once upon"    # text from the newest checkpoint
+
+The same command again goes on from the newest checkpoint. Written to --out_dir: log.jsonl (one JSON object a line),
+curves.png, ckpt_STEP.pt.
+
+Shapes in comments: B batch, T time (positions), C channels (n_embd), H heads, D = C / H, V vocabulary (vocab_size).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache, partial
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import fineweb
+from fineweb import END_OF_TEXT, N_TOKENS, Parser, UserError, exit_status, first_line, open_shard, tokenizer, whole_file
+
+# ---------------------------------------------------------------- configuration
+
+
+def option(default, help: str, minimum=None, choices=None, fixed: bool = False):
+    """A config field with its command-line help and its bounds; a `fixed` one stays the same when a run resumes."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "choices": choices, "fixed": fixed})
+
+
+class Config:
+    """A group of flags: checks each field against its bounds; what is wrong raises ValueError in one line."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, minimum, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{f.name} {value} must be a finite number")
+            if minimum is not None and value < minimum:
+                raise ValueError(f"--{f.name} {value} must be at least {minimum}")
+            if choices and value not in choices:
+                raise ValueError(f"--{f.name} {value} must be one of {', '.join(choices)}")
+        self.check()
+
+    def check(self):
+        """Check what involves several fields."""
+
+
+@dataclass(frozen=True)
+class GPTConfig(Config):
+    """The shape of a GPT; the defaults are GPT-2 124M with its vocabulary of 50257 padded to a multiple of 128."""
+
+    block_size: int = option(1024, "longest context, in tokens", minimum=1, fixed=True)
+    vocab_size: int = option(
+        50304, "rows of the embedding; past GPT-2's 50257 they take no part", minimum=1, fixed=True
+    )
+    n_layer: int = option(12, "transformer blocks", minimum=1, fixed=True)
+    n_head: int = option(12, "attention heads", minimum=1, fixed=True)
+    n_embd: int = option(768, "channels", minimum=1, fixed=True)
+
+    def check(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
+
+    @property
+    def n_tokens(self) -> int:
+        """How many rows of the embedding are real tokens: ids 0 to n_tokens - 1."""
+        return min(self.vocab_size, N_TOKENS)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """One training run; the defaults train GPT-2 124M for one epoch of 10B tokens."""
+
+    data_dir: str = option("edu_fineweb10B", "folder of the shards")
+    out_dir: str = option("log", "folder for log.jsonl, curves.png and the checkpoints")
+    seed: int = option(1337, "of the first weights, the order of the data, and the samples", minimum=0, fixed=True)
+    device: str = option("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is")
+    dtype: str = option(
+        "auto", "of matrix products; auto: bfloat16 on CUDA, else float32", choices=("auto", "bfloat16", "float32")
+    )
+    compile: bool = option(True, "use torch.compile for the training step")
+    max_steps: int = option(19073, "optimiser steps", minimum=0, fixed=True)
+    warmup_steps: int = option(715, "steps of linear warm-up", minimum=0, fixed=True)
+    max_lr: float = option(6e-4, "learning rate after the warm-up", minimum=0, fixed=True)
+    min_lr: float = option(6e-5, "learning rate at the end of the cosine", minimum=0, fixed=True)
+    weight_decay: float = option(0.1, "of tensors of two or more dimensions", minimum=0, fixed=True)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no limit", minimum=0, fixed=True)
+    batch_tokens: int = option(2**19, "tokens per optimiser step, over all ranks", minimum=1, fixed=True)
+    micro_batch: int = option(64, "sequences per forward pass on one device", minimum=1)
+    val_tokens: int = option(10_485_760, "tokens in a validation, or all if there are fewer", minimum=1)
+    eval_every: int = option(250, "steps between validations; 0 = never", minimum=0)
+    hellaswag_every: int = option(0, "steps between HellaSwag evaluations; so far only 0, never", minimum=0)
+    sample_every: int = option(250, "steps between samples; 0 = never", minimum=0)
+    save_every: int = option(250, "steps between checkpoints; 0 = never", minimum=0)
+    init_from: str = option(
+        "scratch", "first weights: scratch, gpt2[-medium, -large, -xl], or a folder saved by transformers", fixed=True
+    )
+    resume: bool = option(True, "go on from the newest checkpoint in --out_dir")
+    extend: bool = option(False, "let a resumed run have a larger --max_steps, which stretches the cosine")
+    demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
+
+    def check(self):
+        if self.max_steps and self.warmup_steps >= self.max_steps:
+            raise ValueError(f"--warmup_steps {self.warmup_steps} must be below --max_steps {self.max_steps}")
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"--min_lr {self.min_lr} must not be above --max_lr {self.max_lr}")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed {self.seed} must be below 2**32")
+        if self.hellaswag_every:
+            raise ValueError(f"--hellaswag_every {self.hellaswag_every}: HellaSwag is not there yet, leave it at 0")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Config):
+    """How to sample, from --sample and during training."""
+
+    prompt: str = option("Hello, I'm a language model,", "text to go on from; empty starts from <|endoftext|>")
+    num_samples: int = option(4, "samples, drawn as one batch", minimum=1)
+    max_length: int = option(64, "tokens in all, prompt included", minimum=1)
+    top_k: int = option(50, "draw among the k likeliest tokens", minimum=1)
+    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", minimum=0)
+
+
+# What --demo changes: a step of 2,048 tokens takes 0.7 s on two CPU cores.
+DEMO = {
+    "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False,
+    "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
+    "max_steps": 170, "warmup_steps": 20, "max_lr": 4e-3, "min_lr": 4e-4, "batch_tokens": 2048, "micro_batch": 8,
+    "val_tokens": 40_000, "eval_every": 34, "sample_every": 170, "save_every": 85,
+}  # fmt: skip
+
+
+def command_line() -> Parser:
+    """The parser made from the fields of the configs; a flag that is not given is absent from its result."""
+    parser = Parser(
+        prog="train_gpt2.py",
+        description=__doc__,
+        epilog="A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks, "
+        "--micro_batch, what is measured, sampled and saved and when, and, with --extend, a larger --max_steps.",
+    )
+    parser.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
+    for config in (TrainConfig, GPTConfig, SampleConfig):
+        group = parser.add_argument_group(config.__name__)
+        for f in dataclasses.fields(config):
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
+            text = f"{f.metadata['help']} (default: {f.default!r})"
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    return parser
+
+
+# ---------------------------------------------------------------- model
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x @ weight.T against targets, a few rows at a time.
+
+    x (N, C) and weight (V, C) float32, targets (N,) int64; gives a float32 scalar. The gradient is formed on the way,
+    while the logits of the rows are still in the CPU's cache, and the (N, V) logits never exist as a whole.
+    """
+
+    ROWS = 256
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+        N = len(x)
+        loss = x.new_zeros(())
+        dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
+        buffer = x.new_empty(min(N, HeadLoss.ROWS), len(weight))
+        for x_rows, dx_rows, target in zip(*(z.split(HeadLoss.ROWS) for z in (x, dx, targets)), strict=True):
+            logits = torch.mm(x_rows, weight.T, out=buffer[: len(x_rows)])
+            wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
+            p = torch.softmax(logits, dim=1, out=logits)
+            # The largest probability never underflows, so its logarithm gives the softmax's denominator safely.
+            loss += (largest - p.amax(1, keepdim=True).log() - wanted).sum()
+            if with_gradient:
+                p[torch.arange(len(target)), target] -= 1
+                torch.mm(p, weight, out=dx_rows)
+                dweight.addmm_(p.T, x_rows)
+        ctx.save_for_backward(dx.div_(N), dweight.div_(N))
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dx, dweight = ctx.saved_tensors
+        return grad * dx, grad * dweight, None, None
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 on the CPU; weights are drawn from `seed` alone, or, if it is None, left for load_state_dict to fill."""
+
+    # Logits of more rows than this pass 2**31 elements at V = 50304, and the kernels fall back to 64-bit indices.
+    ROWS = 32_768
+
+    def __init__(self, config: GPTConfig, seed: int | None = 0):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # no time goes into the initial weights of torch, which are not GPT-2's
+            self.transformer = nn.ModuleDict({
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            })  # fmt: skip
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device="cpu")
+        self.lm_head.weight = self.transformer.wte.weight
+        # Added to the logits, it takes the padded rows out of the softmax; in a matrix product a bias is free.
+        self.register_buffer("padding_bias", torch.zeros(config.vocab_size), persistent=False)
+        self.padding_bias[config.n_tokens :] = -math.inf
+        if seed is not None:
+            self.init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Normal with deviation 0.02, divided by sqrt(2 n_layer) for what adds to the residual stream; zero biases."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() >= 2:
+                residual = name.endswith("c_proj.weight")
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02, generator=generator)
+            else:
+                p.fill_(1.0)
+        self.transformer.wte.weight[self.config.n_tokens :] = 0
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The last block's output after ln_f (B, T, C) for token ids (B, T)."""
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C); minus infinity for the padded rows."""
+        return F.linear(hidden, self.lm_head.weight, self.padding_bias)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for token ids (B, T), T <= block_size; with targets (B, T), mean cross-entropy in nats."""
+        hidden = self.hidden(tokens)
+        if targets is None:
+            return self.logits(hidden)
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        if hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+            weight = self.lm_head.weight[: self.config.n_tokens]
+            return HeadLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+        chunks = zip(hidden.split(self.ROWS), targets.split(self.ROWS), strict=True)
+        return sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in chunks) / len(targets)
+
+    def num_parameters(self) -> int:
+        """Weights that take part: the tied embedding once, without its padded rows."""
+        padded = (self.config.vocab_size - self.config.n_tokens) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padded
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str) -> "GPT":
+        """One of OpenAI's four GPT-2s from the Hub, or a folder saved by `transformers`, the vocabulary padded.
+
+        Raises UserError when the weights can't be had or are not those of a GPT-2.
+        """
+        from transformers import GPT2LMHeadModel
+
+        if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
+            raise UserError(f"--init_from {name_or_dir}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+        try:
+            theirs = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32)
+        except Exception as error:  # network, files and formats each have their own
+            raise UserError(f"--init_from {name_or_dir}: {first_line(error)}") from None
+        c = theirs.config
+        plain = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
+                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                 "tie_word_embeddings": True}  # fmt: skip
+        for key, value in plain.items():
+            if getattr(c, key) != value:
+                raise UserError(f"--init_from {name_or_dir}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}")
+        vocab_size = GPTConfig().vocab_size if c.vocab_size == N_TOKENS else c.vocab_size
+        model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd))
+        ours = model.state_dict()
+        for name, w in theirs.state_dict().items():
+            # transformers keeps these as (in, out), nn.Linear as (out, in).
+            w = w.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
+            ours[name][: len(w)] = w
+        return model
+
+
+# ---------------------------------------------------------------- data
+
+
+def find_shards(data_dir: str, split: str) -> list[Path]:
+    """The shards of a split, in order; UserError if there are none."""
+    names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
+    paths = [Path(data_dir, name) for name in sorted(names) if re.search(rf"_{split}_\d+\.(npy|bin)$", name)]
+    if not paths:
+        mend = "run `python fineweb.py` first, or try `python train_gpt2.py --demo`"
+        raise UserError(f"no {split} shards in {data_dir}: {mend}")
+    return paths
+
+
+class Sequences:
+    """The sequences of a split, "train" or "val": block_size + 1 tokens from each multiple of block_size in a shard.
+
+    A sequence's last token is the next one's first; none crosses the end of its shard. Raises UserError if the folder
+    has no shards of the split, or none as long as a sequence.
+    """
+
+    def __init__(self, data_dir: str, split: str, config: GPTConfig):
+        self.config = config
+        self.paths = find_shards(data_dir, split)
+        self.shards = [open_shard(path) for path in self.paths]
+        self.n_tokens = sum(len(shard) for shard in self.shards)
+        # ends[s] is how many sequences the shards up to and with s hold.
+        self.ends = np.cumsum([max(0, len(shard) - 1) // config.block_size for shard in self.shards])
+        if not len(self):
+            longest = max(len(shard) for shard in self.shards)
+            raise UserError(
+                f"--block_size {config.block_size} is too long for the {split} shards in {data_dir}: "
+                f"the longest has {longest} tokens, so take at most {max(1, longest - 1)}"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (number of indices, block_size) int64; UserError on an id beyond the vocabulary."""
+        T = self.config.block_size
+        rows = []
+        for i in indices:
+            s = int(np.searchsorted(self.ends, i, side="right"))
+            start = (int(i) - (int(self.ends[s - 1]) if s else 0)) * T
+            row = self.shards[s][start : start + T + 1]
+            if (largest := row.max()) >= self.config.n_tokens:
+                raise UserError(f"{self.paths[s]} holds token {largest}, the model knows {self.config.n_tokens}")
+            rows.append(row)
+        both = torch.from_numpy(np.stack(rows).astype(np.int64))  # (n, T + 1)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the n sequences in an epoch. NumPy has frozen RandomState: no later version will give another."""
+    return np.random.RandomState([seed, epoch]).permutation(n)
+
+
+def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """One rank's micro-batches, inputs and targets (micro_batch, T) each, of the update that makes `step` of them.
+
+    All ranks together read sequences (step - 1) S to step S - 1 of the endless row of shuffled epochs, S being
+    batch_tokens / T; so who reads what depends on nothing but the arguments.
+    """
+    S = config.batch_tokens // data.config.block_size
+    positions = np.arange((step - 1) * S + rank * S // size, (step - 1) * S + (rank + 1) * S // size)
+    epochs, offsets = positions // len(data), positions % len(data)
+    orders = ((epoch_order(config.seed, int(e), len(data)), offsets[epochs == e]) for e in np.unique(epochs))
+    x, y = data.read(np.concatenate([order[chosen] for order, chosen in orders]))
+    return list(zip(x.split(config.micro_batch), y.split(config.micro_batch), strict=True))
+
+
+def prefetch(function: Callable, arguments: Iterable, ahead: int = 3) -> Iterator:
+    """Yield function(a) for each argument in turn, while threads compute the next few."""
+    arguments = iter(arguments)
+    with ThreadPoolExecutor(ahead) as pool:
+        pending = deque(pool.submit(function, a) for a in islice(arguments, ahead))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, a) for a in islice(arguments, 1))
+            yield result
+
+
+def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
+    """Raise UserError unless ranks and micro-batch divide a step's tokens, and say what would."""
+    together = config.micro_batch * block_size * ranks
+    if config.batch_tokens % together == 0:
+        return
+    sequences, rest = divmod(config.batch_tokens, block_size * ranks)
+    if rest:
+        nearest = max(1, round(config.batch_tokens / together)) * together
+        mend = f"no micro-batch would do; take --batch_tokens {nearest}"
+    else:
+        divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
+        mend = f"take --micro_batch {min(divisors, key=lambda d: abs(d - config.micro_batch))}"
+    raise UserError(
+        f"--batch_tokens {config.batch_tokens} is not a multiple of --micro_batch {config.micro_batch} x --block_size "
+        f"{block_size} x {ranks} ranks = {together}: {mend}",
+        status=2,
+    )
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of the update that makes `step` of them: linear to max_lr over the warm-up, then a cosine to min_lr."""
+    done = step - 1
+    if done < config.warmup_steps:
+        return config.max_lr * step / config.warmup_steps
+    progress = (done - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.max_lr - config.min_lr)
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and embeddings, but neither biases nor LayerNorms."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cuda", "cpu", "mps")
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; the names are matched as whole words.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125,
+    "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak of a known GPU in FLOP/s, None for any other device and for float32."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+
+
+def flops_per_token(model: GPT) -> int:
+    """6 N + 12 L C T as in PaLM (arXiv:2204.02311, appendix B), N without the positions, which multiply nothing."""
+    c = model.config
+    return 6 * (model.num_parameters() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+# ---------------------------------------------------------------- distributed
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among those of the run, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; on CUDA without waiting for the copy."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The average of a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def sum(self, *values: float) -> list[float]:
+        """Each number added up over all ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
+    """The device that --device names, for this process among those on the machine; UserError if it isn't there."""
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available() and local_size == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: take auto, cuda, cuda:1 (for example), mps or cpu", status=2)
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here, take --device cpu")
+    if device.type == "cuda":
+        found, index = torch.cuda.device_count(), local_rank if local_size > 1 else device.index or 0
+        if max(index + 1, local_size) > found:
+            wanted = f"--device {name} for {local_size} processes: this machine has {found} CUDA devices"
+            raise UserError(f"{wanted}, take fewer processes or --device cpu")
+        device = torch.device("cuda", index)
+    return device
+
+
+@contextmanager
+def join_world(config: TrainConfig) -> Iterator[World]:
+    """This process's World: alone, or one of those that torchrun started, joined through torch.distributed."""
+    variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in variables)
+    device, dtype = pick_device(config.device, local_rank, local_size), config.dtype
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
+    if dtype == "auto":
+        dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    world = World(rank, size, device, getattr(torch, dtype))
+    if size == 1:
+        yield world
+        return
+    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    try:
+        yield world
+    except BaseException as error:
+        # The others may sit in a collective that this rank will never join, and NCCL's shutdown would wait for them
+        # for ever: end anyway, and torchrun ends the rest.
+        def give_up(error: BaseException = error) -> None:
+            traceback.print_exception(error)
+            os._exit(1)
+
+        timer = threading.Timer(20, give_up)
+        timer.daemon = True
+        timer.start()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- evaluation and sampling
+
+
+@torch.no_grad()
+def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> tuple[float, int]:
+    """Mean loss in nats over the first val_tokens of a split, dealt out to the ranks, and the number of tokens."""
+    T = data.config.block_size
+    n = min(len(data), max(1, config.val_tokens // T))
+    mine = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+    losses = []
+    for i in range(0, len(mine), config.micro_batch):
+        x, y = data.read(mine[i : i + config.micro_batch])
+        with world.autocast():
+            losses.append(model(world.move(x), world.move(y)) * len(x))
+    mine_total = sum(torch.stack(losses).tolist()) if losses else 0.0
+    total, sequences = world.sum(mine_total, len(mine))
+    return total / sequences, int(sequences) * T
+
+
+@torch.no_grad()
+def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, world: World) -> list[list[int]]:
+    """`num_samples` rows of the prompt and what follows it, max_length tokens at most, none from <|endoftext|> on."""
+    device = world.device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.tensor([prompt] * config.num_samples, device=device)  # (B, T)
+    ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
+    while tokens.size(1) < config.max_length and not ended.all():
+        with world.autocast():
+            logits = model.logits(model.hidden(tokens[:, -model.config.block_size :])[:, -1])  # (B, V)
+        likeliest, ids = logits.float().topk(1 if config.temperature == 0 else config.top_k)  # (B, k)
+        # The largest becomes 0 first, so that no temperature, however small, overflows.
+        scaled = (likeliest - likeliest[:, :1]) / max(config.temperature, 1e-6)
+        drawn = torch.multinomial(scaled.softmax(dim=1), 1, generator=generator)  # (B, 1)
+        next_tokens = ids.gather(1, drawn).masked_fill(ended[:, None], END_OF_TEXT)
+        tokens = torch.cat((tokens, next_tokens), dim=1)
+        ended |= next_tokens[:, 0] == END_OF_TEXT
+    drawn_rows = tokens[:, len(prompt) :].tolist()
+    return [prompt + list(takewhile(lambda token: token != END_OF_TEXT, row)) for row in drawn_rows]
+
+
+def encode_prompt(config: SampleConfig, model_config: GPTConfig) -> list[int]:
+    """Token ids of the prompt; UserError, status 2, if the sampling flags don't go with it or with the model."""
+    prompt = tokenizer().encode_ordinary(config.prompt) or [END_OF_TEXT]
+    n, room, vocabulary = len(prompt), config.max_length, model_config.n_tokens
+    if n >= room:
+        raise UserError(f"--prompt has {n} tokens and --max_length {room} counts them: take at least {n + 1}", status=2)
+    if config.top_k > vocabulary:
+        raise UserError(f"--top_k {config.top_k} is above the vocabulary of {vocabulary}", status=2)
+    if max(prompt) >= vocabulary:
+        raise UserError(f"--prompt has token {max(prompt)}, beyond the model's vocabulary of {vocabulary}", status=2)
+    return prompt
+
+
+def sample_texts(model: GPT, config: SampleConfig, seed: int, world: World) -> list[str]:
+    """The samples as text, without the <|endoftext|> that an empty prompt starts from."""
+    samples = generate(model, encode_prompt(config, model.config), config, seed, world)
+    return [tokenizer().decode(s[1:] if s[0] == END_OF_TEXT else s) for s in samples]
+
+
+# ---------------------------------------------------------------- checkpoints and the log
+
+
+def find_checkpoints(out_dir: str) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem[5:]))
+
+
+def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> Path:
+    """Write ckpt_STEP.pt, whole or not at all, then drop all but the newest two; returns its path."""
+    path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
+    with whole_file(path) as file:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        configs = {"GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}
+        torch.save(state | configs, file)
+    for old in find_checkpoints(config.out_dir)[:-2]:
+        old.unlink()
+    return path
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever a damaged or foreign checkpoint raises inside into a UserError."""
+    try:
+        yield
+    except Exception as error:  # torch.load alone raises a dozen kinds
+        message = f"cannot read checkpoint {path} ({first_line(error)}): move it away to use the one before it"
+        raise UserError(message) from None
+
+
+def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
+    """The model of a checkpoint, and the whole of it, on the CPU; no code in the file is run."""
+    with reading(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
+        model.load_state_dict(checkpoint["model"])
+        int(checkpoint["step"]), dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
+    return model, checkpoint
+
+
+def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: TrainConfig) -> None:
+    """Raise UserError, naming the field, if the run that wrote the checkpoint had other settings where it matters."""
+    # Pretrained weights bring their own shape, whatever the flags are.
+    for now in (gpt_config, config) if config.init_from == "scratch" else (config,):
+        saved = checkpoint[type(now).__name__]
+        for f in dataclasses.fields(now):
+            was, value = saved.get(f.name, f.default), getattr(now, f.name)
+            grows = f.name == "max_steps" and value > was
+            if value == was or not f.metadata["fixed"] or (grows and config.extend):
+                continue
+            mend = f"give --{f.name} {was} to go on with it{', --extend to let it grow' if grows else ''}"
+            found = f"--{f.name} is {value}, but {was} in the run in {config.out_dir}"
+            raise UserError(f"{found}: {mend}, or another --out_dir", status=2)
+
+
+class Log:
+    """log.jsonl: one JSON object a line, appended by the first rank as things happen."""
+
+    def __init__(self, path: Path, world: World):
+        self.path, self.enabled = path, world.is_main
+        if not self.enabled:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            # A run that was killed may have left half a line.
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+
+    def write(self, event: str, step: int, **values) -> None:
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, "step": step} | values) + "\n")
+
+
+def read_log(path: Path) -> dict[str, dict[int, dict]]:
+    """The lines of a log by event and step, the last of each; lines that are not whole are passed over."""
+    events: dict[str, dict[int, dict]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            events.setdefault(entry["event"], {})[entry["step"]] = entry
+        except (ValueError, KeyError, TypeError):
+            continue
+    return events
+
+
+def check_same_data(log_path: Path, data: Sequences, config: TrainConfig) -> None:
+    """Raise UserError if the run of this log read other shards: then its order of sequences would not be this one."""
+    starts = read_log(log_path).get("start") if log_path.exists() else None
+    before = starts[max(starts)].get("train_tokens") if starts else None
+    if before not in (None, data.n_tokens):
+        found = f"{config.data_dir} has {data.n_tokens} train tokens, but had {before} when this run began"
+        raise UserError(f"{found}: restore those shards, or give another --out_dir")
+
+
+def draw_curves(log_path: Path, picture: Path) -> None:
+    """Draw the losses against tokens, and HellaSwag below them once it has been measured, as a PNG."""
+    from matplotlib.figure import Figure
+
+    events = read_log(log_path)
+    start = list(events["start"].values())[-1]
+    panels = 2 if "hellaswag" in events else 1
+    figure = Figure(figsize=(9, 2 + 3.5 * panels), dpi=130, layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+
+    def curve(axis, event: str, key: str, label: str, **style) -> None:
+        entries = sorted(events.get(event, {}).items())
+        if entries:
+            x = [step * start["batch_tokens"] for step, _ in entries]
+            axis.plot(x, [e[key] for _, e in entries], label=label.format(entries[-1][1][key]), **style)
+
+    def reference(axis, value: float, text: str) -> None:
+        axis.axhline(value, color="0.4", linewidth=1, linestyle="--")
+        axis.annotate(text, (1, value), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", color="0.4")
+
+    dots = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
+    curve(axes[0], "train", "loss", "training batch", color="#9db8d9", linewidth=0.9)
+    curve(axes[0], "val", "loss", "validation, now {:.3f}", color="#1f4e8c", **dots)
+    # The figures of OpenAI's models hold for this corpus and this context only.
+    if start["data"] == "edufineweb" and start["block_size"] == 1024:
+        reference(axes[0], 3.2924, "OpenAI GPT-2 124M: 3.2924")
+    axes[0].set_ylabel("loss, nats per token")
+    axes[0].set_title(f"GPT-2, {start['parameters'] / 1e6:.1f}M parameters, {start['data']} shards", loc="left")
+    if panels == 2:
+        curve(axes[1], "hellaswag", "acc_norm", "HellaSwag, now {:.4f}", color="#b4552d", **dots)
+        reference(axes[1], 0.2955, "OpenAI GPT-2 124M: 0.2955")
+        reference(axes[1], 0.337, "GPT-3 124M: 0.337")
+        axes[1].set_ylabel("accuracy (acc_norm)")
+    for axis in axes:
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="upper right" if axis is axes[0] else "upper left")
+    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, ""))
+    axes[-1].xaxis.set_major_formatter(lambda x, _: next(f"{x / (u or 1):g}{name}" for u, name in units if abs(x) >= u))
+    axes[-1].set_xlabel("training tokens")
+    with whole_file(picture) as file:
+        figure.savefig(file, format="png")
+
+
+# ---------------------------------------------------------------- training
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds its tools: a C++ compiler for the CPU, Triton for CUDA. Warns if it doesn't."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # each backend has errors of its own for this
+        print(f"warning: torch.compile does not work here, going on without it ({first_line(error)})", file=sys.stderr)
+        return False
+
+
+def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+    """What train_step calls: the model, wrapped for several ranks and compiled, with the same weights."""
+    step_model: nn.Module = model
+    if world.size > 1:
+        device_ids = [world.device] if world.device.type == "cuda" else None
+        step_model = DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    if config.compile and can_compile(world.device):
+        step_model = torch.compile(step_model, dynamic=False)
+    return step_model
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, lr: float, clip: float, world: World):
+    """One update from this rank's micro-batches; returns the loss, averaged over all ranks, and the gradient's norm."""
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=world.device)
+    for i, (x, y) in enumerate(batches):
+        # Gradients add up over backward(); DDP averages them over ranks once, on the last micro-batch.
+        # The context must hold the forward pass too.
+        last = i == len(batches) - 1
+        with nullcontext() if last or world.size == 1 else model.no_sync():
+            with world.autocast():
+                loss = model(world.move(x), world.move(y)) / len(batches)
+            loss.backward()
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return world.mean(total), norm
+
+
+def start_or_resume(gpt_config: GPTConfig, config: TrainConfig, world: World) -> tuple[GPT, torch.optim.AdamW, int]:
+    """Model, optimiser and step of the newest checkpoint in --out_dir, or of a new run if there is none.
+
+    Raises UserError if what is there does not fit the flags.
+    """
+    found = find_checkpoints(config.out_dir)
+    if not config.resume and (found or (Path(config.out_dir) / "log.jsonl").exists()):
+        raise UserError(f"--no-resume, and {config.out_dir} holds a run already: give another --out_dir", status=2)
+    if not found:
+        pretrained = config.init_from != "scratch"
+        model = GPT.from_pretrained(config.init_from) if pretrained else GPT(gpt_config, config.seed)
+        model.to(world.device)
+        return model, make_optimizer(model, config), 0
+    model, checkpoint = load_checkpoint(found[-1])
+    check_same_run(checkpoint, gpt_config, config)
+    optimizer = make_optimizer(model.to(world.device), config)
+    with reading(found[-1]):
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    return model, optimizer, checkpoint["step"]
+
+
+def git_commit() -> str | None:
+    """The commit of this script, "-dirty" if it was changed since; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def due(step: int, every: int, config: TrainConfig) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens after this step."""
+    return every > 0 and (step % every == 0 or step == config.max_steps)
+
+
+def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
+    """Train from the newest checkpoint, or from the start, to max_steps."""
+    if config.demo and world.is_main:
+        fineweb.write_demo(Path(config.data_dir))
+    world.sum(0)  # the others wait for the first rank's files
+    find_shards(config.data_dir, "train")  # better to hear of it before the model is made
+    model, optimizer, start = start_or_resume(gpt_config, config, world)
+    if world.sum(start)[0] != start * world.size:
+        raise UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
+    check_batch(config, model.config.block_size, world.size)
+    if config.sample_every:
+        encode_prompt(sample_config, model.config)  # better to hear of a bad flag now
+    data = Sequences(config.data_dir, "train", model.config)
+    val_data = Sequences(config.data_dir, "val", model.config) if config.eval_every else None
+
+    out_dir = Path(config.out_dir)
+    if start:
+        check_same_data(out_dir / "log.jsonl", data, config)
+    log = Log(out_dir / "log.jsonl", world)
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    facts = {
+        "torch": torch.__version__, "device": device, "world_size": world.size, "commit": git_commit(),
+        "parameters": model.num_parameters(), "train_tokens": data.n_tokens, "data": data.paths[0].name.split("_")[0],
+    }  # fmt: skip
+    settings = {name: value for c in (model.config, config, sample_config) for name, value in vars(c).items()}
+    log.write("start", start, **settings | facts)
+    world.say(
+        f"GPT-2 with {model.num_parameters():,} parameters on {world.size} x {device}, {str(world.dtype)[6:]}; "
+        f"{data.n_tokens:,} tokens in {config.data_dir}; step {start} to {config.max_steps}; files in {config.out_dir}"
+    )
+    step_model = make_step_model(model, config, world)
+
+    def look(step: int) -> None:
+        """Whatever is due after a step; the training clock stands still."""
+        if val_data and due(step, config.eval_every, config):
+            loss, tokens = evaluate(model, val_data, config, world)
+            world.say(f"step {step:5d} | validation loss {loss:.4f} over {tokens:,} tokens")
+            log.write("val", step, loss=loss, tokens=tokens)
+            if world.is_main:
+                draw_curves(log.path, out_dir / "curves.png")
+        if world.is_main and due(step, config.sample_every, config):
+            for text in sample_texts(model, sample_config, config.seed, world):
+                world.say(f"step {step:5d} | sample: {text}")
+        if world.is_main and step > start and due(step, config.save_every, config):
+            save_checkpoint(model, optimizer, step, config)
+
+    if start == 0 or start == config.max_steps:
+        look(start)
+    peak, flops = peak_flops(world.device, world.dtype), flops_per_token(model)
+    recent: deque[float] = deque(maxlen=20)
+    steps = range(start + 1, config.max_steps + 1)
+    load = partial(step_batches, data=data, config=config, rank=world.rank, size=world.size)
+    for step, batches in zip(steps, prefetch(load, steps), strict=True):
+        began = time.perf_counter()
+        lr = learning_rate(step, config)
+        loss, norm = train_step(step_model, optimizer, batches, lr, config.grad_clip, world)
+        loss, norm = loss.item(), norm.item()  # waits for the device, so that the clock is right
+        seconds = time.perf_counter() - began
+        recent.append(seconds)
+        rate = config.batch_tokens / seconds
+        mfu = rate * flops / (peak * world.size) if peak else None
+        log.write("train", step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_s=rate, mfu=mfu)
+        left = timedelta(seconds=round((config.max_steps - step) * statistics.median(recent)))
+        world.say(
+            f"step {step:5d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+            f"{1000 * seconds:.0f} ms | {rate:,.0f} tokens/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
+        )
+        look(step)
+    files = [log.path, out_dir / "curves.png", *find_checkpoints(config.out_dir)[-1:]]
+    world.say(f"written: {', '.join(str(path) for path in files if path.exists())}")
+
+
+def sample(config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
+    """Print samples from the newest checkpoint, or from --init_from, on stdout."""
+    if config.init_from != "scratch":
+        model = GPT.from_pretrained(config.init_from)
+    elif found := find_checkpoints(config.out_dir):
+        print(f"sampling from {found[-1]}", file=sys.stderr)
+        model, _ = load_checkpoint(found[-1])
+    else:
+        raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
+    for i, text in enumerate(sample_texts(model.to(world.device), sample_config, config.seed, world), 1):
+        print(f"--- sample {i} of {sample_config.num_samples}", file=sys.stderr, flush=True)
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
+    flags = vars(command_line().parse_args(argv))
+    settings = (DEMO if flags.get("demo") else {}) | flags
+    try:
+        config, gpt_config, sample_config = (
+            kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings})
+            for kind in (TrainConfig, GPTConfig, SampleConfig)
+        )
+    except ValueError as error:
+        raise UserError(str(error), status=2) from None
+    shape = [f"--{f.name}" for f in dataclasses.fields(GPTConfig) if f.name in flags]
+    if config.init_from != "scratch" and shape:
+        raise UserError(f"{shape[0]} can't be chosen with --init_from {config.init_from}, which has its own", status=2)
+    with join_world(config) as world:
+        try:
+            if not flags["sample"]:
+                train(gpt_config, config, sample_config, world)
+            elif world.is_main:
+                sample(config, sample_config, world)
+        except torch.OutOfMemoryError as error:
+            wanted = f"out of memory at --micro_batch {config.micro_batch}"
+            raise UserError(f"{wanted}: take a smaller one ({first_line(error)})") from None
+
+
+if __name__ == "__main__":
+    rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    sys.exit(exit_status(main, "train_gpt2.py" + rank))
