@@ -1,0 +1,107 @@
+"""A tiny model, shards to feed it, and ways to run the scripts as a user would."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fineweb
+import train_gpt2
+from train_gpt2 import GPTConfig, World
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # as in the processes below, so that sums add up in the same order
+TINY = GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=16)
+CPU = World(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def write_shards(folder: Path, lengths: list[int], split: str = "train", suffix: str = "npy") -> Path:
+    """Shards of random tokens below 96; the numbers go on from those in the folder."""
+    folder.mkdir(exist_ok=True)
+    for length in lengths:
+        number = len(list(folder.iterdir()))
+        # Small ids are likelier, so that there is something to learn.
+        tokens = (96 * np.random.default_rng(number).random(length) ** 3).astype(np.uint16)
+        path = folder / f"tiny_{split}_{number:06d}.{suffix}"
+        if suffix == "npy":
+            np.save(path, tokens)
+        else:
+            header = np.zeros(256, dtype=np.int32)
+            header[:3] = 20240520, 1, length
+            path.write_bytes(header.tobytes() + tokens.tobytes())
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """A folder with one validation shard and three training shards of uneven lengths: 20 training sequences."""
+    folder = write_shards(tmp_path / "data", [200], split="val")
+    return write_shards(folder, [130, 97, 111])
+
+
+def tiny_flags(data_dir, out_dir, **changes) -> list[str]:
+    """A command line for a run of six steps of 128 tokens, which is 8 sequences: over two epochs of `shards`."""
+    flags = dict(data_dir=data_dir, out_dir=out_dir, device="cpu", compile=False,
+                 block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=16,
+                 max_steps=6, warmup_steps=2, max_lr=1e-2, min_lr=1e-3, batch_tokens=128, micro_batch=4,
+                 val_tokens=160, eval_every=3, sample_every=0, save_every=2, prompt="!") | changes  # fmt: skip
+    line = []
+    for name, value in flags.items():
+        line += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return line
+
+
+def run_train(argv: list) -> int:
+    """train_gpt2.py within this process; returns its exit status."""
+    return fineweb.exit_status(partial(train_gpt2.main, [str(a) for a in argv]), "train_gpt2.py")
+
+
+def start_script(argv: list, ranks: int = 1, **kwargs) -> subprocess.Popen:
+    """A script of the project in a process of its own, under torchrun if there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+    argv = [sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, env=environment, text=True, stdout=pipe, stderr=pipe, **kwargs)
+
+
+def run_script(argv: list, ranks: int = 1, timeout: float = 150, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script to its end."""
+    process = start_script(argv, ranks, **kwargs)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def losses(out_dir) -> dict[int, float]:
+    """The logged training losses of a run, by step."""
+    return {step: entry["loss"] for step, entry in train_gpt2.read_log(Path(out_dir) / "log.jsonl")["train"].items()}
+
+
+def newest(out_dir) -> dict:
+    """The newest checkpoint of a run."""
+    return train_gpt2.load_checkpoint(train_gpt2.find_checkpoints(out_dir)[-1])[1]
+
+
+def assert_same(a, b) -> None:
+    """Two nested structures are equal, their tensors bit by bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b

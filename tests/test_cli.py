@@ -1,0 +1,231 @@
+"""The command line: what the flags are, and what a user is told when something is wrong."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, newest, run_script, run_train, tiny_flags, write_shards
+
+import train_gpt2
+
+
+def the_line(capsys) -> str:
+    """The one line on stderr."""
+    error = capsys.readouterr().err
+    assert error.startswith("train_gpt2.py: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("module", ["train_gpt2", "fineweb"])
+def test_importing_a_module_does_nothing(module, tmp_path):
+    program = (
+        "import os, sys, torch\n"
+        "before = torch.random.get_rng_state(), set(os.environ.items()), torch.get_float32_matmul_precision()\n"
+        f"import {module}\n"
+        "after = torch.random.get_rng_state(), set(os.environ.items()), torch.get_float32_matmul_precision()\n"
+        "assert torch.equal(before[0], after[0]) and before[1:] == after[1:]\n"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
+        "print(sorted({'transformers', 'matplotlib', 'huggingface_hub'} & set(sys.modules)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "[]\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_defaults_are_the_gpt2_124m_reproduction():
+    config, shape = train_gpt2.TrainConfig(), train_gpt2.GPTConfig()
+    assert dataclasses.astuple(shape) == (1024, 50304, 12, 12, 768)
+    assert (config.data_dir, config.out_dir, config.compile) == ("edu_fineweb10B", "log", True)
+    assert (config.batch_tokens, config.max_steps, config.warmup_steps) == (524288, 19073, 715)
+    assert (config.max_lr, config.min_lr, config.weight_decay, config.grad_clip) == (6e-4, 6e-5, 0.1, 1.0)
+    assert config.val_tokens == 10485760
+
+
+def test_help_names_every_flag_and_says_what_a_resumed_run_may_change():
+    result = run_script(["train_gpt2.py", "--help"])
+    assert result.returncode == 0
+    flags = """--data_dir --out_dir --seed --device --dtype --compile --no-compile --block_size --vocab_size --n_layer
+        --n_head --n_embd --max_steps --warmup_steps --max_lr --min_lr --weight_decay --grad_clip --batch_tokens
+        --micro_batch --val_tokens --eval_every --hellaswag_every --sample_every --save_every --init_from --resume
+        --no-resume --demo --sample --prompt --num_samples --max_length --top_k --temperature"""
+    for name in flags.split():
+        assert name in result.stdout
+    assert "--extend" in result.stdout[result.stdout.index("A run resumes") :]
+
+
+def test_without_shards_the_default_command_says_what_to_run(tmp_path):
+    result = run_script(["train_gpt2.py"], cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "train_gpt2.py: no train shards in edu_fineweb10B: "
+        "run `python fineweb.py` first, or try `python train_gpt2.py --demo`\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("--frobnicate 3", "--frobnicate"),
+        ("--max_step 3", "--max_steps"),
+        ("--max_steps", "--max_steps"),
+        ("--max_steps three", "three"),
+        ("--max_steps -1", "--max_steps -1"),
+        ("--batch_tokens 0", "--batch_tokens 0"),
+        ("--batch_tokens -524288", "--batch_tokens -524288"),
+        ("--micro_batch 0", "--micro_batch 0"),
+        ("--micro_batch 3", "--micro_batch 3"),
+        ("--block_size 0", "--block_size 0"),
+        ("--vocab_size 0", "--vocab_size 0"),
+        ("--n_layer 0", "--n_layer 0"),
+        ("--n_layer -2", "--n_layer -2"),
+        ("--n_head 0", "--n_head 0"),
+        ("--n_embd 0", "--n_embd 0"),
+        ("--n_embd 15 --n_head 4", "--n_embd 15 is not divisible by --n_head 4"),
+        ("--val_tokens 0", "--val_tokens 0"),
+        ("--eval_every -1", "--eval_every -1"),
+        ("--save_every -1", "--save_every -1"),
+        ("--hellaswag_every 250", "--hellaswag_every 250"),
+        ("--warmup_steps 6", "--warmup_steps 6"),
+        ("--max_lr nan", "--max_lr nan"),
+        ("--max_lr -1", "--max_lr -1"),
+        ("--min_lr 1", "--min_lr 1"),
+        ("--grad_clip inf", "--grad_clip inf"),
+        ("--seed -1", "--seed -1"),
+        ("--seed 4294967296", "--seed 4294967296"),
+        ("--dtype float16", "float16"),
+        ("--device tpu", "tpu"),
+        ("--top_k 0", "--top_k 0"),
+        ("--sample_every 1 --top_k 97", "--top_k 97"),
+        ("--num_samples 0", "--num_samples 0"),
+        ("--max_length 0", "--max_length 0"),
+        ("--temperature -0.1", "--temperature -0.1"),
+        ("extra", "extra"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_status_2(shards, tmp_path, capsys, argv, named):
+    assert run_train([*tiny_flags(shards, tmp_path / "log"), *argv.split()]) == 2
+    assert named in the_line(capsys)
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_shorter_than_a_sequence_are_named(tmp_path, capsys, split):
+    folder = write_shards(tmp_path / "data", [100], split="val" if split == "train" else "train")
+    write_shards(folder, [16, 9], split=split)
+    assert run_train(tiny_flags(folder, tmp_path / "log")) == 1
+    line = the_line(capsys)
+    assert "--block_size 16" in line
+    assert "at most 15" in line
+
+
+def test_an_empty_folder_and_a_missing_validation_shard_are_named(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    assert run_train(tiny_flags(tmp_path / "data", tmp_path / "log")) == 1
+    assert f"no train shards in {tmp_path / 'data'}" in the_line(capsys)
+    write_shards(tmp_path / "data", [100])
+    assert run_train(tiny_flags(tmp_path / "data", tmp_path / "log")) == 1
+    assert f"no val shards in {tmp_path / 'data'}" in the_line(capsys)
+    assert run_train(tiny_flags(tmp_path / "data", tmp_path / "log", eval_every=0)) == 0
+
+
+@pytest.mark.parametrize("tokens", [np.zeros(99, np.int32), np.zeros((9, 99), np.uint16), np.full(99, 96, np.uint16)])
+def test_a_bad_shard_ends_the_run_in_one_line(shards, tmp_path, capsys, tokens):
+    path = shards / "tiny_train_000002.npy"
+    np.save(path, tokens)
+    assert run_train(tiny_flags(shards, tmp_path / "log")) == 1
+    assert str(path) in the_line(capsys)
+
+
+def test_an_out_dir_that_cannot_be_written_is_named(shards, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_train(tiny_flags(shards, tmp_path / "file" / "log")) == 1
+    assert str(tmp_path / "file" / "log") in the_line(capsys)
+    assert run_train(tiny_flags(shards, tmp_path / "file")) == 1
+    assert str(tmp_path / "file") in the_line(capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.isdir("/proc/1"), reason="needs a folder that refuses files")
+def test_an_out_dir_that_takes_no_files_is_named(shards, capsys):
+    assert run_train(tiny_flags(shards, "/proc/1")) == 1
+    assert "/proc/1" in the_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--prompt", "one two three", "--max_length", "3"],
+        ["--prompt", "one two three four", "--max_length", "3"],
+        ["--top_k", "97", "--prompt", "!"],
+        ["--prompt", "language"],
+        ["--prompt", ""],
+    ],
+)
+def test_sampling_flags_that_do_not_fit_are_refused(shards, tmp_path, capsys, argv):
+    assert run_train(tiny_flags(shards, tmp_path / "log")) == 0
+    capsys.readouterr()
+    assert run_train(["--sample", "--out_dir", tmp_path / "log", "--device", "cpu", *argv]) == 2
+    assert argv[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path, capsys):
+    assert run_train(["--sample", "--out_dir", tmp_path / "log"]) == 1
+    assert f"no checkpoint in {tmp_path / 'log'}" in the_line(capsys)
+    assert run_train(["--sample", "--init_from", "gpt3"]) == 1
+    assert "--init_from gpt3" in the_line(capsys)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another file", "another shape", "bad config"])
+def test_an_unreadable_checkpoint_is_named_and_left_alone(shards, tmp_path, capsys, damage):
+    flags = tiny_flags(shards, tmp_path / "log")
+    assert run_train(flags) == 0
+    path = train_gpt2.find_checkpoints(tmp_path / "log")[-1]
+    content = newest(tmp_path / "log")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("hello\nworld\n")
+    elif damage == "another file":
+        torch.save([1, 2, 3], path)
+    elif damage == "another shape":
+        content["model"]["lm_head.weight"] = torch.zeros(3, 3)
+        torch.save(content, path)
+    elif damage == "bad config":
+        content["GPTConfig"]["n_head"] = 0
+        torch.save(content, path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    for argv in (flags, ["--sample", "--out_dir", tmp_path / "log", "--device", "cpu"]):
+        assert run_train(argv) == 1
+        assert str(path) in capsys.readouterr().err.splitlines()[-1]
+        assert path.read_bytes() == before
+
+
+def test_a_checkpoint_that_holds_code_is_not_run(shards, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    (tmp_path / "log").mkdir()
+    torch.save({"model": Evil()}, tmp_path / "log" / "ckpt_000001.pt")
+    assert run_train(["--sample", "--out_dir", tmp_path / "log"]) == 1
+    assert not (tmp_path / "evil").exists()
+
+
+def test_demo_changes_defaults_only(tmp_path, shards, capsys):
+    flags = tiny_flags(shards, tmp_path / "log")
+    assert run_train(["--demo", *flags]) == 0
+    start = train_gpt2.read_log(tmp_path / "log" / "log.jsonl")["start"][0]
+    assert start["demo"] is True
+    assert (start["n_embd"], start["max_steps"], start["data_dir"]) == (16, 6, str(shards))

@@ -1,0 +1,171 @@
+"""Batches are a function of the step, and shards are what they claim to be."""
+
+import collections
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, TINY, write_shards
+
+from fineweb import UserError, open_shard
+from train_gpt2 import GPT, Sequences, TrainConfig, World, check_batch, epoch_order, evaluate, prefetch, step_batches
+
+# 8 sequences a step over 20 in an epoch: steps 3 and 5 hold the ends of two epochs.
+CONFIG = TrainConfig(batch_tokens=128, micro_batch=8)
+
+
+def global_batch(step, data, ranks, micro_batch, config=CONFIG):
+    """Inputs and targets of all ranks in order, and the shapes of the micro-batches."""
+    config = TrainConfig(batch_tokens=config.batch_tokens, micro_batch=micro_batch, seed=config.seed)
+    batches = [pair for rank in range(ranks) for pair in step_batches(step, data, config, rank, ranks)]
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]), [len(x) for x, _ in batches]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (1, 1), (2, 2), (2, 4), (4, 1), (8, 1)])
+def test_global_batch_does_not_depend_on_ranks_or_micro_batch(shards, ranks, micro_batch):
+    data = Sequences(shards, "train", TINY)
+    for step in range(1, 8):
+        x, y, _ = global_batch(step, data, 1, 8)
+        x2, y2, sizes = global_batch(step, data, ranks, micro_batch)
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+        assert sizes == [micro_batch] * (8 // micro_batch)
+
+
+def test_an_epoch_holds_every_sequence_once_and_each_has_an_order_of_its_own(shards):
+    data = Sequences(shards, "train", TINY)
+    assert len(data) == 8 + 6 + 6
+    rows = torch.cat([global_batch(step, data, 1, 8)[0] for step in range(1, 6)])  # two epochs of 20
+    everything = collections.Counter(map(tuple, data.read(range(20))[0].tolist()))
+    first, second = rows[:20].tolist(), rows[20:].tolist()
+    assert collections.Counter(map(tuple, first)) == collections.Counter(map(tuple, second)) == everything
+    assert first != second
+    assert first != data.read(range(20))[0].tolist()
+
+
+def test_a_step_may_hold_several_epochs(tmp_path):
+    data = Sequences(write_shards(tmp_path / "data", [50]), "train", TINY)  # 3 sequences for steps of 8
+    rows = torch.cat([global_batch(step, data, 1, 8)[0] for step in (1, 2, 3)])
+    counts = collections.Counter(map(tuple, rows.tolist()))
+    assert sorted(counts.values()) == [8, 8, 8]
+
+
+def test_the_seed_alone_sets_the_order(shards):
+    data = Sequences(shards, "train", TINY)
+    x = global_batch(1, data, 1, 8)[0]
+    assert torch.equal(x, global_batch(1, Sequences(shards, "train", TINY), 1, 8)[0])
+    assert not torch.equal(x, global_batch(1, data, 1, 8, TrainConfig(batch_tokens=128, seed=1))[0])
+
+
+def test_the_order_is_the_one_that_earlier_versions_had():
+    assert epoch_order(1337, 0, 10).tolist() == [3, 4, 5, 9, 7, 1, 6, 0, 8, 2]
+    assert epoch_order(1337, 1, 10).tolist() == [0, 8, 2, 1, 3, 9, 6, 4, 5, 7]
+
+
+def test_targets_are_the_next_tokens_and_no_sequence_crosses_a_shard_end(shards):
+    data = Sequences(shards, "train", TINY)
+    x, y = data.read(range(20))
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    first, second = (np.load(path) for path in data.paths[:2])
+    assert x[7].tolist() == first[112:128].tolist()
+    assert y[7].tolist() == first[113:129].tolist()
+    assert x[8].tolist() == second[:16].tolist()
+
+
+def test_bin_shards_of_llm_c_read_like_npy_shards(tmp_path):
+    npy = write_shards(tmp_path / "npy", [130, 97])
+    binary = write_shards(tmp_path / "bin", [130, 97], suffix="bin")
+    for a, b in zip(
+        Sequences(npy, "train", TINY).read(range(14)), Sequences(binary, "train", TINY).read(range(14)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def damaged(tmp_path, kind):
+    """A shard with one fault."""
+    folder = write_shards(tmp_path / "data", [100], suffix="bin" if kind.startswith("bin") else "npy")
+    path = next(folder.iterdir())
+    content = path.read_bytes()
+    if kind.endswith("truncated"):
+        path.write_bytes(content[:-10])
+    elif kind.endswith("empty"):
+        path.write_bytes(b"")
+    elif kind == "bin longer than its header says":
+        path.write_bytes(content + b"\0\0")
+    elif kind == "bin of another version":
+        path.write_bytes(content[:4] + b"\7" + content[5:])
+    elif kind == "a page of HTML":
+        path.write_bytes(b"<html>not found</html>")
+    elif kind == "pickle":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    elif kind == "int32":
+        np.save(path, np.zeros(100, dtype=np.int32))
+    elif kind == "2-D":
+        np.save(path, np.zeros((10, 10), dtype=np.uint16))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "empty", "bin truncated", "bin empty", "bin longer than its header says", "bin of another version",
+     "a page of HTML", "pickle", "int32", "2-D"],
+)  # fmt: skip
+def test_a_damaged_shard_is_named_in_one_line(tmp_path, kind):
+    path = damaged(tmp_path, kind)
+    with pytest.raises(UserError, match=re.escape(str(path))) as error:
+        open_shard(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_beyond_the_vocabulary_names_the_shard(tmp_path):
+    folder = write_shards(tmp_path / "data", [100, 100])
+    path = folder / "tiny_train_000001.npy"
+    tokens = np.load(path)
+    tokens[50] = 96
+    np.save(path, tokens)
+    data = Sequences(folder, "train", TINY)
+    data.read(range(6))
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} holds token 96"):
+        data.read(range(12))
+
+
+def test_an_indivisible_batch_is_refused_with_its_numbers_and_the_nearest_micro_batch():
+    check_batch(TrainConfig(), 1024, 8)
+    with pytest.raises(UserError, match=r"524288.*48.*1024.*8 ranks = 393216: take --micro_batch 32$") as error:
+        check_batch(TrainConfig(micro_batch=48), 1024, 8)
+    assert error.value.status == 2
+    with pytest.raises(UserError, match="no micro-batch would do; take --batch_tokens (.*)$") as error:
+        check_batch(TrainConfig(micro_batch=16), 1024, 3)
+    check_batch(TrainConfig(micro_batch=16, batch_tokens=int(str(error.value).split()[-1])), 1024, 3)
+
+
+@pytest.mark.parametrize("val_tokens", [16, 100, 160, 10**9])
+def test_validation_does_not_depend_on_ranks_or_micro_batch(shards, val_tokens, monkeypatch):
+    model, data = GPT(TINY), Sequences(shards, "val", TINY)
+    expected, tokens = evaluate(model, data, TrainConfig(val_tokens=val_tokens, micro_batch=1), CPU)
+    n = min(12, val_tokens // 16)
+    assert tokens == 16 * n
+    x, y = data.read(range(n))
+    assert expected == pytest.approx(model(x, y).item(), abs=1e-5)
+    for ranks, micro_batch in [(1, 5), (2, 3), (3, 64), (16, 1)]:
+        parts = []
+        monkeypatch.setattr(
+            World, "sum", lambda self, *values, parts=parts: parts.append(values) or [*values[:-1], values[-1] or 1]
+        )
+        for rank in range(ranks):
+            world = World(rank, ranks, CPU.device, CPU.dtype)
+            evaluate(model, data, TrainConfig(val_tokens=val_tokens, micro_batch=micro_batch), world)
+        total, count = map(sum, zip(*parts, strict=True))
+        assert count == n
+        assert total / count == pytest.approx(expected, abs=1e-5)
+
+
+def test_prefetch_keeps_the_order_and_hands_on_errors():
+    assert list(prefetch(lambda n: n * n, range(20))) == [n * n for n in range(20)]
+    assert list(prefetch(str, [])) == []
+    results = prefetch(lambda n: 1 // (2 - n), range(5))
+    assert next(results) == 0
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -1,0 +1,166 @@
+"""The model is GPT-2: its shape, its arithmetic, its initial weights."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import TINY
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from fineweb import UserError
+from train_gpt2 import GPT, GPTConfig, HeadLoss
+
+PADDED = dataclasses.replace(TINY, vocab_size=50304)
+
+
+def tokens(*shape: int, vocab_size: int = 96) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_logit_depends_on_no_later_token():
+    model, x = GPT(TINY), tokens(1, 16)
+    before = model(x)
+    for t in range(1, 16):
+        changed = x.clone()
+        changed[0, t:] = (changed[0, t:] + 1) % 96
+        after = model(changed)
+        assert torch.equal(after[0, :t], before[0, :t])
+        assert not torch.allclose(after[0, t], before[0, t])
+
+
+def test_gpt2_124m_has_124439808_parameters():
+    with torch.device("meta"):
+        unpadded = GPT2LMHeadModel(GPT2Config())
+    model = GPT(GPTConfig(vocab_size=50257))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808 == unpadded.num_parameters()
+    assert model.num_parameters() == 124_439_808
+    assert GPT(PADDED).num_parameters() == GPT(dataclasses.replace(TINY, vocab_size=50257)).num_parameters()
+
+
+def test_head_and_embedding_are_one_tensor_after_loading_too():
+    model = GPT(TINY)
+    model.load_state_dict(GPT(TINY, seed=2).state_dict())
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_vocabulary_smaller_than_the_other_tensors_loads_too(tmp_path):
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=48, n_layer=1, n_head=2, vocab_size=90)).eval()
+    theirs.save_pretrained(tmp_path)
+    x = tokens(1, 16, vocab_size=90)
+    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path))(x), theirs(x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A randomly initialised GPT-2 of `transformers`, and the folder it was saved to."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    theirs = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # biases and LayerNorms that are not 0 and 1, logits far from uniform
+        theirs.transformer.ln_f.bias.add_(1.0)
+    theirs.save_pretrained(tmp_path / "hf")
+    return theirs, tmp_path / "hf"
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_logits_loss_and_gradients_agree_with_transformers(pretrained, chunked, monkeypatch):
+    theirs, folder = pretrained
+    ours = GPT.from_pretrained(str(folder))
+    if not chunked:  # the loss that accelerators take
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x, y = tokens(3, 64, vocab_size=50257), tokens(3, 64, vocab_size=50257).roll(1)
+    logits = theirs(x).logits
+    torch.testing.assert_close(ours(x)[..., :50257], logits, rtol=1e-4, atol=1e-4)
+    assert ours(x).shape == (3, 64, 50304)
+
+    their_loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    our_loss = ours(x, y)
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-4, atol=1e-4)
+    their_loss.backward()
+    our_loss.backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    for name, p in theirs.named_parameters():
+        theirs_grad = p.grad.T if p.dim() == 2 and "c_" in name else p.grad
+        torch.testing.assert_close(gradients[name][: len(theirs_grad)], theirs_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_padded_rows_get_no_probability_and_no_gradient():
+    model, x = GPT(PADDED), tokens(2, 16)
+    with torch.no_grad():
+        model.transformer.wte.weight[50257:] = 5.0
+    probabilities = model(x).softmax(-1)
+    assert probabilities[..., 50257:].max() == 0
+    torch.testing.assert_close(model(x, x), F.cross_entropy(model(x)[..., :50257].flatten(0, 1), x.flatten()))
+    model(x, x).backward()
+    assert model.lm_head.weight.grad[50257:].abs().max() == 0
+    assert model.lm_head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_the_chunked_loss_is_cross_entropy(scale):
+    generator = torch.Generator().manual_seed(0)
+    x = (scale * torch.randn(2 * HeadLoss.ROWS + 3, 8, generator=generator)).requires_grad_()
+    weight = torch.randn(300, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(300, (len(x),), generator=generator)
+    expected = F.cross_entropy(F.linear(x, weight), targets)
+    expected_grads = torch.autograd.grad(3 * expected, (x, weight))
+    found = HeadLoss.apply(x, weight, targets, True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(3 * found, (x, weight)), expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_initial_weights_are_gpt2s_and_come_from_the_seed_alone():
+    config = GPTConfig(n_layer=4, n_embd=192, n_head=4, vocab_size=50304)
+    torch.manual_seed(1)
+    model = GPT(config, seed=7)
+    torch.manual_seed(2)
+    again, other = GPT(config, seed=7), GPT(config, seed=8)
+    for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        if name.endswith("bias"):
+            assert p.abs().max() == 0
+        elif ".ln_" in name:
+            assert torch.equal(p, torch.ones_like(p))
+        else:
+            assert not torch.equal(p, r)
+            expected = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.02)
+    assert model(tokens(2, 64), tokens(2, 64) + 96).item() == pytest.approx(math.log(50257), abs=0.1)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    model, x = GPT(TINY), tokens(4, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        loss = model(x[:, :-1], x[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"activation_function": "relu"}, "activation_function"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn"),
+        ({"n_inner": 32}, "n_inner"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(tmp_path, change, named):
+    GPT2LMHeadModel(
+        GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=90, **change)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=named):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,345 @@
+"""Training: one step, many ranks, stops and resumptions, what is written down."""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import (
+    CPU,
+    TINY,
+    assert_same,
+    losses,
+    newest,
+    run_script,
+    run_train,
+    start_script,
+    tiny_flags,
+    write_shards,
+)
+
+import train_gpt2
+from fineweb import UserError
+from train_gpt2 import (
+    GPT,
+    Log,
+    Sequences,
+    TrainConfig,
+    learning_rate,
+    make_optimizer,
+    read_log,
+    step_batches,
+    train_step,
+)
+
+# ---------------------------------------------------------------- a step
+
+
+def test_accumulated_gradients_are_those_of_one_big_batch(shards):
+    data = Sequences(shards, "train", TINY)
+    results = []
+    for micro_batch in (8, 2, 1):
+        model = GPT(TINY)
+        config = TrainConfig(batch_tokens=128, micro_batch=micro_batch)
+        # Plain SGD, because AdamW divides the gradient by its own size and would hide a wrong scale.
+        optimizer = torch.optim.SGD(model.parameters())
+        loss, norm = train_step(model, optimizer, step_batches(1, data, config, 0, 1), 0.5, 1e9, CPU)
+        results.append((loss, norm, model.state_dict()))
+    for loss, norm, weights in results[1:]:
+        torch.testing.assert_close(loss, results[0][0])
+        torch.testing.assert_close(norm, results[0][1])
+        torch.testing.assert_close(weights, results[0][2])
+
+
+def test_a_step_clips_the_gradient_sets_the_rate_and_gives_the_loss_before_it(shards):
+    batches = step_batches(1, Sequences(shards, "train", TINY), TrainConfig(batch_tokens=128, micro_batch=8), 0, 1)
+    model = GPT(TINY)
+    before, expected = {n: p.clone() for n, p in model.named_parameters()}, model(*batches[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=99)
+    loss, norm = train_step(model, optimizer, batches, 0.5, 0.01, CPU)
+    torch.testing.assert_close(loss, expected.detach())
+    assert norm > 0.01
+    moved = math.sqrt(sum((p - before[n]).square().sum().item() for n, p in model.named_parameters()))
+    assert moved == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
+    config = TrainConfig()
+    assert learning_rate(1, config) == pytest.approx(6e-4 / 715)
+    assert learning_rate(715, config) == pytest.approx(6e-4)
+    assert learning_rate(716, config) == pytest.approx(6e-4)
+    assert learning_rate(715 + 1 + (19073 - 715) // 2, config) == pytest.approx(3.3e-4)
+    assert 6e-5 < learning_rate(19073, config) < 6.0001e-5
+
+
+def test_weight_decay_is_for_tensors_of_two_dimensions_or_more_and_adamw_is_fused():
+    model = GPT(TINY)
+    optimizer = make_optimizer(model, TrainConfig())
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for p in model.parameters():
+        assert decay[id(p)] == (0.1 if p.dim() >= 2 else 0.0)
+    assert all(
+        group["fused"] and group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups
+    )
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_learns_and_logs_what_happened(shards, tmp_path, capsys):
+    out = tmp_path / "log"
+    assert run_train(tiny_flags(shards, out, sample_every=6, max_length=20)) == 0
+    events = read_log(out / "log.jsonl")
+    assert list(events["train"]) == [1, 2, 3, 4, 5, 6]
+    assert list(events["val"]) == [0, 3, 6]
+    assert events["val"][6]["loss"] < events["val"][0]["loss"]
+    assert events["val"][6]["tokens"] == 160
+    start = events["start"][0]
+    names = {f.name for config in (train_gpt2.TrainConfig, train_gpt2.GPTConfig) for f in dataclasses.fields(config)}
+    assert names <= start.keys()
+    assert {"torch", "device", "world_size", "commit"} <= start.keys()
+    entry = events["train"][2]
+    assert entry.keys() >= {"loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu"}
+    assert entry["tokens_per_s"] * entry["ms"] / 1000 == pytest.approx(128)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in train_gpt2.find_checkpoints(out)] == ["ckpt_000004.pt", "ckpt_000006.pt"]
+    assert newest(out).keys() == {"model", "optimizer", "step", "GPTConfig", "TrainConfig"}
+    assert not list(out.glob("*.tmp"))
+    assert "step     6/6 | loss" in capsys.readouterr().out
+
+
+def test_validation_at_step_0_is_of_the_untrained_model(shards, tmp_path):
+    run_train(tiny_flags(shards, tmp_path / "log"))
+    data = Sequences(shards, "val", TINY)
+    expected = GPT(TINY, seed=1337)(*data.read(range(10))).item()
+    assert read_log(tmp_path / "log" / "log.jsonl")["val"][0]["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_two_ranks_train_like_one(shards, tmp_path):
+    run_train(tiny_flags(shards, tmp_path / "one", micro_batch=8))
+    result = run_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "two", micro_batch=2)], ranks=2)
+    assert result.returncode == 0, result.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-5)
+    validation = [[e["loss"] for e in read_log(tmp_path / n / "log.jsonl")["val"].values()] for n in ("one", "two")]
+    assert validation[1] == pytest.approx(validation[0], abs=1e-5)
+    assert newest(tmp_path / "two")["model"].keys() == GPT(TINY).state_dict().keys()
+    assert result.stdout.count("step     6/6") == 1
+
+
+def test_a_rank_that_fails_ends_the_job(shards, tmp_path):
+    # The first rank goes on into a collective that the second one never joins.
+    program = tmp_path / "fail_on_rank_1.py"
+    program.write_text(
+        "import os, sys, fineweb, train_gpt2\n"
+        "def step(*args, real=train_gpt2.train_step):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise fineweb.UserError('rank 1 fails here')\n"
+        "    return real(*args)\n"
+        "train_gpt2.train_step = step\n"
+        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
+    )
+    began = time.monotonic()
+    result = run_script([program, *tiny_flags(shards, tmp_path / "log")], ranks=2, timeout=60)
+    assert result.returncode != 0
+    assert "train_gpt2.py: rank 1 fails here" in result.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_compile_validation_and_sampling_work_in_one_run(shards, tmp_path, capsys):
+    assert run_train(tiny_flags(shards, tmp_path / "eager")) == 0
+    flags = tiny_flags(shards, tmp_path / "log", compile=True, sample_every=3, max_length=20)
+    torch._dynamo.reset()
+    assert run_train(flags) == 0
+    assert "warning" not in capsys.readouterr().err
+    compiled, eager = losses(tmp_path / "log"), losses(tmp_path / "eager")
+    assert list(compiled.values()) == pytest.approx(list(eager.values()), abs=1e-4)
+    assert newest(tmp_path / "log")["model"].keys() == GPT(TINY).state_dict().keys()
+
+
+def test_without_a_compiler_there_is_a_warning_and_training_goes_on(shards, tmp_path):
+    env = {"PATH": "/nonexistent", "CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    flags = tiny_flags(shards, tmp_path / "log", compile=True, max_steps=3, eval_every=0)
+    result = run_script(["train_gpt2.py", *flags], env=env)
+    assert result.returncode == 0, result.stderr
+    assert "warning: torch.compile does not work here" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(losses(tmp_path / "log")) == 3
+
+
+# ---------------------------------------------------------------- stop and resume
+
+
+@pytest.fixture
+def unbroken(shards, tmp_path):
+    """The folder of a finished run of six steps, over two epochs, and its flags."""
+    out = tmp_path / "unbroken"
+    flags = tiny_flags(shards, out, save_every=1)
+    assert run_train(flags) == 0
+    return out, flags
+
+
+def continue_from(step, shards, tmp_path, **changes):
+    """Run to `step` and stop, as a run that saves then and is killed; then the same command again to the end."""
+    out = tmp_path / f"from_{step}"
+    flags = tiny_flags(shards, out, save_every=1, **changes)
+    stop_after(step, flags)
+    kept = losses(out)
+    assert list(kept) == list(range(1, step + 1))
+    assert run_train(flags) == 0
+    return out, kept
+
+
+def stop_after(step, flags):
+    """Run until the checkpoint of `step` is written, then leave by an exception."""
+
+    class Stop(BaseException):
+        pass
+
+    real = train_gpt2.save_checkpoint
+
+    def save(model, optimizer, at, config):
+        real(model, optimizer, at, config)
+        if at == step:
+            raise Stop
+
+    train_gpt2.save_checkpoint = save
+    try:
+        with pytest.raises(Stop):
+            run_train(flags)
+    finally:
+        train_gpt2.save_checkpoint = real
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])  # step 3 and step 5 hold the ends of epochs
+def test_a_resumed_run_is_bitwise_the_unbroken_one(unbroken, shards, tmp_path, step):
+    out, kept = continue_from(step, shards, tmp_path)
+    expected, found = newest(unbroken[0]), newest(out)
+    for key in ("model", "optimizer", "step", "GPTConfig"):
+        assert_same(found[key], expected[key])
+    assert losses(out) == losses(unbroken[0])
+    assert kept == {s: loss for s, loss in losses(unbroken[0]).items() if s <= step}
+
+
+def test_a_killed_run_goes_on_with_the_same_command(unbroken, shards, tmp_path):
+    out = tmp_path / "killed"
+    flags = tiny_flags(shards, out, save_every=1)
+    process = start_script(["train_gpt2.py", *flags])
+    while not train_gpt2.find_checkpoints(out) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    result = run_script(["train_gpt2.py", *flags])
+    assert result.returncode == 0, result.stderr
+    assert_same(newest(out)["model"], newest(unbroken[0])["model"])
+    assert losses(out) == losses(unbroken[0])
+
+
+def test_a_run_resumes_on_other_ranks_and_micro_batches_with_the_same_batches(unbroken, shards, tmp_path):
+    out = tmp_path / "moved"
+    stop_after(3, tiny_flags(shards, out, save_every=1))
+    result = run_script(["train_gpt2.py", *tiny_flags(shards, out, save_every=1, micro_batch=2)], ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "step 3 to 6" in result.stdout
+    assert list(losses(out).values()) == pytest.approx(list(losses(unbroken[0]).values()), abs=1e-5)
+
+
+def test_an_interrupted_save_keeps_the_old_checkpoint(unbroken, monkeypatch):
+    out, _ = unbroken
+    before = newest(out)
+    real = torch.save
+
+    def half(state, file):
+        real(state, file)
+        file.truncate(1000)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    model = GPT(TINY, seed=5)
+    config = TrainConfig(out_dir=str(out))
+    for step in (6, 7):
+        with pytest.raises(OSError, match="No space"):
+            train_gpt2.save_checkpoint(model, make_optimizer(model, config), step, config)
+    monkeypatch.undo()
+    assert_same(newest(out), before)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_finished_run_stays_as_it_is(unbroken, capsys):
+    out, flags = unbroken
+    before = newest(out)
+    assert run_train(flags) == 0
+    assert_same(newest(out), before)
+    assert len(losses(out)) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"n_layer": 1}, "n_layer"), ({"max_lr": 2e-2}, "max_lr"), ({"warmup_steps": 1}, "warmup_steps"),
+     ({"seed": 3}, "seed"), ({"batch_tokens": 64}, "batch_tokens"), ({"max_steps": 8}, "max_steps"),
+     ({"max_steps": 5}, "max_steps"), ({"max_steps": 5, "extend": True}, "max_steps")],
+)  # fmt: skip
+def test_a_changed_shape_or_schedule_is_refused_by_name(unbroken, shards, capsys, change, field):
+    out, _ = unbroken
+    before = newest(out)
+    assert run_train(tiny_flags(shards, out, save_every=1, **change)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train_gpt2.py: --{field} is {change[field]}")
+    assert error.count("\n") == 1
+    assert_same(newest(out), before)
+
+
+def test_max_steps_grows_when_the_user_says_so(unbroken, shards):
+    out, _ = unbroken
+    assert run_train(tiny_flags(shards, out, max_steps=8, extend=True)) == 0
+    assert list(losses(out)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert newest(out)["step"] == 8
+
+
+def test_other_shards_than_the_run_began_with_are_refused(unbroken, shards, capsys):
+    out, flags = unbroken
+    write_shards(shards, [100])
+    capsys.readouterr()
+    assert run_train(tiny_flags(shards, out, max_steps=8, extend=True)) == 1
+    assert "has 438 train tokens, but had 338" in capsys.readouterr().err
+    assert newest(out)["step"] == 6
+
+
+def test_what_does_not_matter_may_change(unbroken, shards, tmp_path):
+    out, _ = unbroken
+    moved = shutil.copytree(out, tmp_path / "elsewhere")
+    assert run_train(tiny_flags(shards, moved, eval_every=1, save_every=4, val_tokens=32)) == 0
+
+
+def test_no_resume_never_overwrites_a_run(unbroken, capsys):
+    out, flags = unbroken
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run_train([*flags, "--no-resume"]) == 2
+    assert "another --out_dir" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_log_line_cut_by_a_kill_harms_no_other(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"event": "train", "step": 1, "loss": 2.0}) + '\n{"event": "train", "st')
+    log = Log(path, CPU)
+    log.write("train", 2, loss=1.0)
+    log.write("train", 2, loss=0.5)
+    Log(path, CPU)
+    assert {step: entry["loss"] for step, entry in read_log(path)["train"].items()} == {1: 2.0, 2: 0.5}
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_ranks_that_see_different_checkpoints_stop(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2.World, "sum", lambda self, *values: [values[0] + 4])
+    config = TrainConfig(
+        data_dir=str(shards), out_dir=str(tmp_path / "log"), batch_tokens=128, micro_batch=4, compile=False
+    )
+    with pytest.raises(UserError, match="different checkpoints"):
+        train_gpt2.train(TINY, config, train_gpt2.SampleConfig(top_k=50, prompt="!"), CPU)
