@@ -151,7 +151,7 @@ DEMO = {
     "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False,
     "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
     "max_steps": 170, "warmup_steps": 20, "max_lr": 4e-3, "min_lr": 4e-4, "batch_tokens": 2048, "micro_batch": 8,
-    "val_tokens": 40_000, "eval_every": 34, "sample_every": 170, "save_every": 85,
+    "val_tokens": 40_000, "eval_every": 34, "sample_every": 170, "save_every": 85, "prompt": "This function returns",
 }  # fmt: skip
 
 
@@ -267,9 +267,6 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device="cpu")
         self.lm_head.weight = self.transformer.wte.weight
-        # Added to the logits, it takes the padded rows out of the softmax; in a matrix product a bias is free.
-        self.register_buffer("padding_bias", torch.zeros(config.vocab_size), persistent=False)
-        self.padding_bias[config.n_tokens :] = -math.inf
         if seed is not None:
             self.init_weights(torch.Generator().manual_seed(seed))
 
@@ -296,7 +293,10 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C); minus infinity for the padded rows."""
-        return F.linear(hidden, self.lm_head.weight, self.padding_bias)
+        # A bias takes the padded rows out of the softmax; in a matrix product it costs nothing.
+        bias = hidden.new_zeros(self.config.vocab_size)
+        bias[self.config.n_tokens :] = -math.inf
+        return F.linear(hidden, self.lm_head.weight, bias)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for token ids (B, T), T <= block_size; with targets (B, T), mean cross-entropy in nats."""
@@ -809,9 +809,7 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     step_model: nn.Module = model
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
-        step_model = DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        step_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     if config.compile and can_compile(world.device):
         step_model = torch.compile(step_model, dynamic=False)
     return step_model
