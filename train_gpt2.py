@@ -911,7 +911,7 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
             log.write("val", step, loss=loss, tokens=tokens)
             if world.is_main:
                 draw_curves(log.path, out_dir / "curves.png")
-        if world.is_main and due(step, config.sample_every, config):
+        if world.is_main and step and due(step, config.sample_every, config):
             for text in sample_texts(model, sample_config, config.seed, world):
                 world.say(f"step {step:5d} | sample: {text}")
         if world.is_main and step > start and due(step, config.save_every, config):
