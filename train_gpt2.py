@@ -773,6 +773,9 @@ def draw_curves(log_path: Path, picture: Path) -> None:
     # The figures of OpenAI's models hold for this corpus and this context only.
     if start["data"] == "edufineweb" and start["block_size"] == 1024:
         reference(axes[0], 3.2924, "OpenAI GPT-2 124M: 3.2924")
+    finite = [e["loss"] for _, e in sorted(events.get("train", {}).items()) if math.isfinite(e["loss"])]
+    if finite:  # the first few hundredths of a run would squeeze the rest
+        axes[0].set_ylim(top=1.05 * finite[len(finite) // 33])
     axes[0].set_ylabel("loss, nats per token")
     axes[0].set_title(f"GPT-2, {start['parameters'] / 1e6:.1f}M parameters, {start['data']} shards", loc="left")
     if panels == 2:
@@ -783,7 +786,7 @@ def draw_curves(log_path: Path, picture: Path) -> None:
     for axis in axes:
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="upper right" if axis is axes[0] else "upper left")
+        axis.legend(frameon=False, loc="upper right" if axis is axes[0] else "lower right")
     units = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, ""))
     axes[-1].xaxis.set_major_formatter(lambda x, _: next(f"{x / (u or 1):g}{name}" for u, name in units if abs(x) >= u))
     axes[-1].set_xlabel("training tokens")
