@@ -60,6 +60,8 @@ class Config:
             value, minimum, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{f.name} {value} must be a finite number")
+            if isinstance(value, int) and value > 2**40:
+                raise ValueError(f"--{f.name} {value} must be at most 2**40")
             if minimum is not None and value < minimum:
                 raise ValueError(f"--{f.name} {value} must be at least {minimum}")
             if choices and value not in choices:
@@ -436,7 +438,7 @@ def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
         return
     sequences, rest = divmod(config.batch_tokens, block_size * ranks)
     if rest:
-        nearest = max(1, round(config.batch_tokens / together)) * together
+        nearest = max(1, (config.batch_tokens + together // 2) // together) * together
         mend = f"no micro-batch would do; take --batch_tokens {nearest}"
     else:
         divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
@@ -983,9 +985,12 @@ def main(argv: list[str] | None = None) -> None:
                 train(gpt_config, config, sample_config, world)
             elif world.is_main:
                 sample(config, sample_config, world)
-        except torch.OutOfMemoryError as error:
-            wanted = f"out of memory at --micro_batch {config.micro_batch}"
-            raise UserError(f"{wanted}: take a smaller one ({first_line(error)})") from None
+        except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no exception of its own
+            named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not named and not re.search("allocate memory|Storage size", str(error)):
+                raise
+            mend = f"take a --micro_batch below {config.micro_batch}, or a smaller model"
+            raise UserError(f"out of memory: {mend} ({first_line(error)})") from None
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def test_without_shards_the_default_command_says_what_to_run(tmp_path):
         ("--num_samples 0", "--num_samples 0"),
         ("--max_length 0", "--max_length 0"),
         ("--temperature -0.1", "--temperature -0.1"),
+        (f"--max_steps {10**23}", "--max_steps"),
         ("extra", "extra"),
     ],
 )
@@ -116,6 +117,12 @@ def test_a_bad_flag_is_one_line_and_status_2(shards, tmp_path, capsys, argv, nam
     assert run_train([*tiny_flags(shards, tmp_path / "log"), *argv.split()]) == 2
     assert named in the_line(capsys)
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("n_embd", [2**24, 2**36])
+def test_a_model_too_large_for_the_memory_is_one_line(shards, tmp_path, capsys, n_embd):
+    assert run_train(tiny_flags(shards, tmp_path / "log", n_embd=n_embd)) == 1
+    assert "out of memory" in the_line(capsys)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
