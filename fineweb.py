@@ -13,13 +13,16 @@ import difflib
 import hashlib
 import os
 import random
-import shutil
 import sys
 import sysconfig
+import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -30,7 +33,7 @@ RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
 # Published by tiktoken, in openai_public.py.
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = 50256
-N_TOKENS = 50257  # byte-pair ranks 0..50255, then <|endoftext|>
+N_VOCAB = 50257  # byte-pair ranks 0..50255, then <|endoftext|>
 
 DEMO_DIR = "demo_data"
 DEMO_SHARD_TOKENS = 40_000
@@ -86,9 +89,10 @@ def describe(error: OSError) -> str:
     return " ".join(line.split())
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, cut to one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 @contextmanager
@@ -108,6 +112,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def prefetch(function: Callable, arguments: Iterable, ahead: int = 3) -> Iterator:
+    """Yield function(a) for each argument in turn, while threads compute the next few."""
+    arguments = iter(arguments)
+    with ThreadPoolExecutor(ahead) as pool:
+        pending = deque(pool.submit(function, a) for a in islice(arguments, ahead))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, a) for a in islice(arguments, 1))
+            yield result
 
 
 # ---------------------------------------------------------------- tokens
@@ -130,7 +145,7 @@ def tokenizer() -> tiktoken.Encoding:
         pat_str=r50k_pat_str,
         mergeable_ranks={binascii.a2b_base64(token): int(rank) for token, rank in pairs},
         special_tokens={"<|endoftext|>": END_OF_TEXT},
-        explicit_n_vocab=N_TOKENS,
+        explicit_n_vocab=N_VOCAB,
     )
 
 
@@ -161,7 +176,7 @@ def open_shard(path: Path) -> np.ndarray:
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"{tokens.dtype} of shape {tokens.shape}, not a row of uint16")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read shard {path}: {first_line(error)}: replace or remove it") from None
+        raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
     return tokens
 
 
@@ -242,13 +257,15 @@ def demo_documents() -> list[str]:
 
 
 def write_demo(out_dir: Path) -> None:
-    """Write the demo corpus as shards of 40,000 tokens, unless `out_dir` is there already; it appears whole."""
-    if out_dir.exists():
+    """Write the demo corpus as shards of 40,000 tokens, the folder all at once, unless there are shards in it."""
+    if any(out_dir.glob("*_train_*")):
         return
-    unfinished = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_shards(demo_documents(), unfinished, "demo", DEMO_SHARD_TOKENS)
-    unfinished.rename(out_dir)
+    if out_dir.exists():
+        raise UserError(f"{out_dir} is there already and holds no shards: remove it, or name another folder")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f"{out_dir.name}.") as folder:
+        write_shards(demo_documents(), Path(folder) / "shards", "demo", DEMO_SHARD_TOKENS)
+        (Path(folder) / "shards").rename(out_dir)
 
 
 # ---------------------------------------------------------------- command line

@@ -24,13 +24,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
-from fineweb import END_OF_TEXT, N_TOKENS, Parser, UserError, exit_status, first_line, open_shard, tokenizer, whole_file
+from fineweb import END_OF_TEXT, N_VOCAB, UserError, one_line, tokenizer, whole_file
 
 # ---------------------------------------------------------------- configuration
 
@@ -60,8 +59,8 @@ class Config:
             value, minimum, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{f.name} {value} must be a finite number")
-            if isinstance(value, int) and value > 2**40:
-                raise ValueError(f"--{f.name} {value} must be at most 2**40")
+            if isinstance(value, int) and value >= 2**32:
+                raise ValueError(f"--{f.name} {value} must be below 2**32")
             if minimum is not None and value < minimum:
                 raise ValueError(f"--{f.name} {value} must be at least {minimum}")
             if choices and value not in choices:
@@ -89,9 +88,9 @@ class GPTConfig(Config):
             raise ValueError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
 
     @property
-    def n_tokens(self) -> int:
-        """How many rows of the embedding are real tokens: ids 0 to n_tokens - 1."""
-        return min(self.vocab_size, N_TOKENS)
+    def n_vocab(self) -> int:
+        """How many rows of the embedding are real tokens: ids 0 to n_vocab - 1."""
+        return min(self.vocab_size, N_VOCAB)
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,6 @@ class TrainConfig(Config):
             raise ValueError(f"--warmup_steps {self.warmup_steps} must be below --max_steps {self.max_steps}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr} must not be above --max_lr {self.max_lr}")
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed {self.seed} must be below 2**32")
         if self.hellaswag_every:
             raise ValueError(f"--hellaswag_every {self.hellaswag_every}: HellaSwag is not there yet, leave it at 0")
 
@@ -157,9 +154,9 @@ DEMO = {
 }  # fmt: skip
 
 
-def command_line() -> Parser:
+def command_line() -> fineweb.Parser:
     """The parser made from the fields of the configs; a flag that is not given is absent from its result."""
-    parser = Parser(
+    parser = fineweb.Parser(
         prog="train_gpt2.py",
         description=__doc__,
         epilog="A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks, "
@@ -188,10 +185,10 @@ class HeadLoss(torch.autograd.Function):
     ROWS = 256
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-        N = len(x)
-        loss = x.new_zeros(())
-        dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        N, with_gradient = len(x), any(ctx.needs_input_grad)
+        loss, dx = x.new_zeros(()), torch.zeros_like(x)
+        dweight = torch.zeros_like(weight) if with_gradient else None
         buffer = x.new_empty(min(N, HeadLoss.ROWS), len(weight))
         for x_rows, dx_rows, target in zip(*(z.split(HeadLoss.ROWS) for z in (x, dx, targets)), strict=True):
             logits = torch.mm(x_rows, weight.T, out=buffer[: len(x_rows)])
@@ -203,13 +200,14 @@ class HeadLoss(torch.autograd.Function):
                 p[torch.arange(len(target)), target] -= 1
                 torch.mm(p, weight, out=dx_rows)
                 dweight.addmm_(p.T, x_rows)
-        ctx.save_for_backward(dx.div_(N), dweight.div_(N))
+        if with_gradient:
+            ctx.save_for_backward(dx.div_(N), dweight.div_(N))
         return loss / N
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         dx, dweight = ctx.saved_tensors
-        return grad * dx, grad * dweight, None, None
+        return grad * dx, grad * dweight, None
 
 
 class CausalSelfAttention(nn.Module):
@@ -253,7 +251,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 on the CPU; weights are drawn from `seed` alone, or, if it is None, left for load_state_dict to fill."""
 
-    # Logits of more rows than this pass 2**31 elements at V = 50304, and the kernels fall back to 64-bit indices.
+    # Rows of logits at a time: from 42,691 on they pass 2**31 elements at V = 50304, and kernels need 64-bit indices.
     ROWS = 32_768
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
@@ -283,7 +281,7 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02, generator=generator)
             else:
                 p.fill_(1.0)
-        self.transformer.wte.weight[self.config.n_tokens :] = 0
+        self.transformer.wte.weight[self.config.n_vocab :] = 0
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The last block's output after ln_f (B, T, C) for token ids (B, T)."""
@@ -297,7 +295,7 @@ class GPT(nn.Module):
         """Logits (..., V) of hidden states (..., C); minus infinity for the padded rows."""
         # A bias takes the padded rows out of the softmax; in a matrix product it costs nothing.
         bias = hidden.new_zeros(self.config.vocab_size)
-        bias[self.config.n_tokens :] = -math.inf
+        bias[self.config.n_vocab :] = -math.inf
         return F.linear(hidden, self.lm_head.weight, bias)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -307,14 +305,14 @@ class GPT(nn.Module):
             return self.logits(hidden)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-            weight = self.lm_head.weight[: self.config.n_tokens]
-            return HeadLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+            weight = self.lm_head.weight[: self.config.n_vocab]
+            return HeadLoss.apply(hidden, weight, targets)
         chunks = zip(hidden.split(self.ROWS), targets.split(self.ROWS), strict=True)
         return sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in chunks) / len(targets)
 
     def num_parameters(self) -> int:
         """Weights that take part: the tied embedding once, without its padded rows."""
-        padded = (self.config.vocab_size - self.config.n_tokens) * self.config.n_embd
+        padded = (self.config.vocab_size - self.config.n_vocab) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padded
 
     @classmethod
@@ -324,27 +322,33 @@ class GPT(nn.Module):
         Raises UserError when the weights can't be had or are not those of a GPT-2.
         """
         from transformers import GPT2LMHeadModel
+        from transformers import logging as transformers_logging
 
+        transformers_logging.set_verbosity_error()
         if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
             raise UserError(f"--init_from {name_or_dir}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
         try:
-            theirs = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32)
+            theirs, info = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # network, files and formats each have their own
-            raise UserError(f"--init_from {name_or_dir}: {first_line(error)}") from None
+            raise UserError(f"--init_from {name_or_dir}: {one_line(error)}") from None
         c = theirs.config
+        if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
+            raise UserError(f"--init_from {name_or_dir}: it lacks {lacking[0]}, as GPT-2 has it")
+        if c.vocab_size > N_VOCAB:
+            raise UserError(f"--init_from {name_or_dir}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
         plain = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
                  "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                  "tie_word_embeddings": True}  # fmt: skip
         for key, value in plain.items():
             if getattr(c, key) != value:
                 raise UserError(f"--init_from {name_or_dir}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}")
-        vocab_size = GPTConfig().vocab_size if c.vocab_size == N_TOKENS else c.vocab_size
-        model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd))
+        vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
+        model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd), seed=None)
         ours = model.state_dict()
         for name, w in theirs.state_dict().items():
             # transformers keeps these as (in, out), nn.Linear as (out, in).
             w = w.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
-            ours[name][: len(w)] = w
+            ours[name][: len(w)], ours[name][len(w) :] = w, 0
         return model
 
 
@@ -371,7 +375,7 @@ class Sequences:
     def __init__(self, data_dir: str, split: str, config: GPTConfig):
         self.config = config
         self.paths = find_shards(data_dir, split)
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = [fineweb.open_shard(path) for path in self.paths]
         self.n_tokens = sum(len(shard) for shard in self.shards)
         # ends[s] is how many sequences the shards up to and with s hold.
         self.ends = np.cumsum([max(0, len(shard) - 1) // config.block_size for shard in self.shards])
@@ -393,8 +397,8 @@ class Sequences:
             s = int(np.searchsorted(self.ends, i, side="right"))
             start = (int(i) - (int(self.ends[s - 1]) if s else 0)) * T
             row = self.shards[s][start : start + T + 1]
-            if (largest := row.max()) >= self.config.n_tokens:
-                raise UserError(f"{self.paths[s]} holds token {largest}, the model knows {self.config.n_tokens}")
+            if (largest := row.max()) >= self.config.n_vocab:
+                raise UserError(f"{self.paths[s]} holds token {largest}, the model knows {self.config.n_vocab}")
             rows.append(row)
         both = torch.from_numpy(np.stack(rows).astype(np.int64))  # (n, T + 1)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
@@ -420,17 +424,6 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
     return list(zip(x.split(config.micro_batch), y.split(config.micro_batch), strict=True))
 
 
-def prefetch(function: Callable, arguments: Iterable, ahead: int = 3) -> Iterator:
-    """Yield function(a) for each argument in turn, while threads compute the next few."""
-    arguments = iter(arguments)
-    with ThreadPoolExecutor(ahead) as pool:
-        pending = deque(pool.submit(function, a) for a in islice(arguments, ahead))
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(pool.submit(function, a) for a in islice(arguments, 1))
-            yield result
-
-
 def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
     """Raise UserError unless ranks and micro-batch divide a step's tokens, and say what would."""
     together = config.micro_batch * block_size * ranks
@@ -441,8 +434,9 @@ def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
         nearest = max(1, (config.batch_tokens + together // 2) // together) * together
         mend = f"no micro-batch would do; take --batch_tokens {nearest}"
     else:
-        divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
-        mend = f"take --micro_batch {min(divisors, key=lambda d: abs(d - config.micro_batch))}"
+        wanted = min(config.micro_batch, sequences)
+        near = (d for away in range(wanted) for d in (wanted - away, wanted + away) if sequences % d == 0)
+        mend = f"take --micro_batch {next(near)}"
     raise UserError(
         f"--batch_tokens {config.batch_tokens} is not a multiple of --micro_batch {config.micro_batch} x --block_size "
         f"{block_size} x {ranks} ranks = {together}: {mend}",
@@ -475,7 +469,7 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; the names are matched as whole words.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "B200": 2250,
     "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125,
     "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
 }  # fmt: skip
@@ -486,6 +480,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
+    if re.search(r"\b(Ti|D|Laptop|MIG)\b", name):  # part of a GPU, or a lesser one
+        return None
     return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
@@ -583,8 +579,11 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         # The others may sit in a collective that this rank will never join, and NCCL's shutdown would wait for them
         # for ever: end anyway, and torchrun ends the rest.
         def give_up(error: BaseException = error) -> None:
-            traceback.print_exception(error)
-            os._exit(1)
+            if isinstance(error, UserError):
+                print(f"train_gpt2.py: {error}", file=sys.stderr)
+            else:
+                traceback.print_exception(error)
+            os._exit(getattr(error, "status", 1))
 
         timer = threading.Timer(20, give_up)
         timer.daemon = True
@@ -637,7 +636,7 @@ def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, wor
 def encode_prompt(config: SampleConfig, model_config: GPTConfig) -> list[int]:
     """Token ids of the prompt; UserError, status 2, if the sampling flags don't go with it or with the model."""
     prompt = tokenizer().encode_ordinary(config.prompt) or [END_OF_TEXT]
-    n, room, vocabulary = len(prompt), config.max_length, model_config.n_tokens
+    n, room, vocabulary = len(prompt), config.max_length, model_config.n_vocab
     if n >= room:
         raise UserError(f"--prompt has {n} tokens and --max_length {room} counts them: take at least {n + 1}", status=2)
     if config.top_k > vocabulary:
@@ -668,7 +667,10 @@ def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, con
     with whole_file(path) as file:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         configs = {"GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}
-        torch.save(state | configs, file)
+        try:
+            torch.save(state | configs, file)
+        except RuntimeError as error:  # torch's writer hides the reason, a full disk say, in the context
+            raise UserError(f"cannot write {path}: {one_line(error.__context__ or error)}") from None
     for old in find_checkpoints(config.out_dir)[:-2]:
         old.unlink()
     return path
@@ -680,7 +682,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch.load alone raises a dozen kinds
-        message = f"cannot read checkpoint {path} ({first_line(error)}): move it away to use the one before it"
+        message = f"cannot read checkpoint {path} ({one_line(error)}): move it away to use the one before it"
         raise UserError(message) from None
 
 
@@ -690,14 +692,16 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
         model.load_state_dict(checkpoint["model"])
-        int(checkpoint["step"]), dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
+        dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
+        if checkpoint["step"] != int(path.stem[5:]):
+            raise ValueError(f"it says that it is of step {checkpoint['step']}")
     return model, checkpoint
 
 
 def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: TrainConfig) -> None:
     """Raise UserError, naming the field, if the run that wrote the checkpoint had other settings where it matters."""
     # Pretrained weights bring their own shape, whatever the flags are.
-    for now in (gpt_config, config) if config.init_from == "scratch" else (config,):
+    for now in (config, gpt_config) if config.init_from == "scratch" else (config,):
         saved = checkpoint[type(now).__name__]
         for f in dataclasses.fields(now):
             was, value = saved.get(f.name, f.default), getattr(now, f.name)
@@ -729,11 +733,17 @@ class Log:
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
-    """The lines of a log by event and step, the last of each; lines that are not whole are passed over."""
+    """The lines of a log by event and step, the last of each; lines that are not whole are passed over.
+
+    A run that starts at some step takes the place of what was logged beyond it.
+    """
     events: dict[str, dict[int, dict]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
+            if entry["event"] == "start":
+                for name, old in events.items():
+                    events[name] = {step: e for step, e in old.items() if step <= entry["step"]}
             events.setdefault(entry["event"], {})[entry["step"]] = entry
         except (ValueError, KeyError, TypeError):
             continue
@@ -799,13 +809,15 @@ def draw_curves(log_path: Path, picture: Path) -> None:
 # ---------------------------------------------------------------- training
 
 
-def can_compile(device: torch.device) -> bool:
+def can_compile(world: World) -> bool:
     """Whether torch.compile finds its tools: a C++ compiler for the CPU, Triton for CUDA. Warns if it doesn't."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
         return True
     except Exception as error:  # each backend has errors of its own for this
-        print(f"warning: torch.compile does not work here, going on without it ({first_line(error)})", file=sys.stderr)
+        if world.is_main:
+            why = one_line(error)
+            print(f"warning: torch.compile does not work here, going on without it ({why})", file=sys.stderr)
         return False
 
 
@@ -815,7 +827,7 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
         step_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    if config.compile and can_compile(world.device):
+    if config.compile and can_compile(world):
         step_model = torch.compile(step_model, dynamic=False)
     return step_model
 
@@ -858,17 +870,19 @@ def start_or_resume(gpt_config: GPTConfig, config: TrainConfig, world: World) ->
     optimizer = make_optimizer(model.to(world.device), config)
     with reading(found[-1]):
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for p in model.parameters():  # the fused kernel trusts these shapes
+            if any(optimizer.state[p][key].shape != p.shape for key in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimizer's state is of another shape than the model")
     return model, optimizer, checkpoint["step"]
 
 
 def git_commit() -> str | None:
     """The commit of this script, "-dirty" if it was changed since; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip() or None
 
 
 def due(step: int, every: int, config: TrainConfig) -> bool:
@@ -881,7 +895,8 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
     if config.demo and world.is_main:
         fineweb.write_demo(Path(config.data_dir))
     world.sum(0)  # the others wait for the first rank's files
-    find_shards(config.data_dir, "train")  # better to hear of it before the model is made
+    if config.init_from == "scratch":
+        Sequences(config.data_dir, "train", gpt_config)  # better to hear of a fault before the model is made
     model, optimizer, start = start_or_resume(gpt_config, config, world)
     if world.sum(start)[0] != start * world.size:
         raise UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
@@ -928,10 +943,11 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
     recent: deque[float] = deque(maxlen=20)
     steps = range(start + 1, config.max_steps + 1)
     load = partial(step_batches, data=data, config=config, rank=world.rank, size=world.size)
-    for step, batches in zip(steps, prefetch(load, steps), strict=True):
+    batches = fineweb.prefetch(load, steps)
+    for step in steps:
         began = time.perf_counter()
         lr = learning_rate(step, config)
-        loss, norm = train_step(step_model, optimizer, batches, lr, config.grad_clip, world)
+        loss, norm = train_step(step_model, optimizer, next(batches), lr, config.grad_clip, world)
         loss, norm = loss.item(), norm.item()  # waits for the device, so that the clock is right
         seconds = time.perf_counter() - began
         recent.append(seconds)
@@ -953,12 +969,13 @@ def sample(config: TrainConfig, sample_config: SampleConfig, world: World) -> No
     if config.init_from != "scratch":
         model = GPT.from_pretrained(config.init_from)
     elif found := find_checkpoints(config.out_dir):
-        print(f"sampling from {found[-1]}", file=sys.stderr)
         model, _ = load_checkpoint(found[-1])
     else:
         raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
-    for i, text in enumerate(sample_texts(model.to(world.device), sample_config, config.seed, world), 1):
-        print(f"--- sample {i} of {sample_config.num_samples}", file=sys.stderr, flush=True)
+    texts = sample_texts(model.to(world.device), sample_config, config.seed, world)
+    source = config.init_from if config.init_from != "scratch" else found[-1]
+    for i, text in enumerate(texts, 1):
+        print(f"--- sample {i} of {len(texts)} from {source}", file=sys.stderr, flush=True)
         print(text, flush=True)
 
 
@@ -989,10 +1006,12 @@ def main(argv: list[str] | None = None) -> None:
             named = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not named and not re.search("allocate memory|Storage size", str(error)):
                 raise
-            mend = f"take a --micro_batch below {config.micro_batch}, or a smaller model"
-            raise UserError(f"out of memory: {mend} ({first_line(error)})") from None
+            smaller = "--num_samples or --max_length" if flags["sample"] else f"--micro_batch than {config.micro_batch}"
+            raise UserError(
+                f"out of memory: take a smaller {smaller}, or a smaller model ({one_line(error)})"
+            ) from None
 
 
 if __name__ == "__main__":
     rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    sys.exit(exit_status(main, "train_gpt2.py" + rank))
+    sys.exit(fineweb.exit_status(main, "train_gpt2.py" + rank))

@@ -64,6 +64,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_the_demo_corpus_takes_no_folder_that_is_something_else(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="holds no shards"):
+        fineweb.write_demo(tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
+
+
 def test_the_demo_corpus_is_prose_of_the_expected_size_and_always_the_same(tmp_path):
     for name in ("a", "b"):
         fineweb.write_demo(tmp_path / name)

@@ -108,7 +108,7 @@ def test_the_chunked_loss_is_cross_entropy(scale):
     targets = torch.randint(300, (len(x),), generator=generator)
     expected = F.cross_entropy(F.linear(x, weight), targets)
     expected_grads = torch.autograd.grad(3 * expected, (x, weight))
-    found = HeadLoss.apply(x, weight, targets, True)
+    found = HeadLoss.apply(x, weight, targets)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(3 * found, (x, weight)), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * scale)
@@ -157,6 +157,22 @@ def test_weights_of_another_architecture_are_refused(tmp_path, change, named):
         GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=90, **change)
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=named):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_weights_that_are_not_complete_are_refused(tmp_path):
+    config = GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=90)
+    theirs = GPT2LMHeadModel(config)
+    weights = {name: w for name, w in theirs.state_dict().items() if "c_attn.weight" not in name}
+    theirs.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(UserError, match=r"lacks transformer\.h\.0\.attn\.c_attn\.weight"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_more_tokens_than_gpt2_has_are_refused(tmp_path):
+    config = GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=50258)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="50258 tokens"):
         GPT.from_pretrained(str(tmp_path))
 
 

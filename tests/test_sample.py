@@ -17,7 +17,7 @@ def spread(config=FULL) -> GPT:
     """A model with random weights whose logits are far from uniform."""
     model = GPT(config)
     with torch.no_grad():
-        model.transformer.wte.weight[: config.n_tokens] *= 20
+        model.transformer.wte.weight[: config.n_vocab] *= 20
     return model
 
 
@@ -38,7 +38,6 @@ def test_a_sample_is_drawn_token_by_token_from_the_k_likeliest():
     model = spread()
     for k in (1, 3):
         for s in generate(model, [5, 6], SampleConfig(num_samples=8, max_length=14, top_k=k), 0, CPU):
-            assert len(s) == 14 or len(s) < 14
             for t in range(2, len(s)):
                 likeliest = model(torch.tensor([s[:t]]))[0, -1].topk(k).indices
                 assert s[t] in likeliest

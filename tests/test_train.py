@@ -21,6 +21,7 @@ from conftest import (
     tiny_flags,
     write_shards,
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_gpt2
 from fineweb import UserError
@@ -65,6 +66,44 @@ def test_a_step_clips_the_gradient_sets_the_rate_and_gives_the_loss_before_it(sh
     assert norm > 0.01
     moved = math.sqrt(sum((p - before[n]).square().sum().item() for n, p in model.named_parameters()))
     assert moved == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_grad_clip_0_does_not_clip(shards):
+    batches = step_batches(1, Sequences(shards, "train", TINY), TrainConfig(batch_tokens=128, micro_batch=8), 0, 1)
+    results = []
+    for clip in (0, 1e9):
+        model = GPT(TINY)
+        train_step(model, torch.optim.SGD(model.parameters()), batches, 0.5, clip, CPU)
+        results.append(model.state_dict())
+    assert_same(*results)
+    assert not torch.equal(results[0]["lm_head.weight"], GPT(TINY).lm_head.weight)
+
+
+def test_bfloat16_is_for_matrix_products_and_weights_stay_float32(shards, tmp_path):
+    assert run_train(tiny_flags(shards, tmp_path / "float32")) == 0
+    assert run_train(tiny_flags(shards, tmp_path / "log", dtype="bfloat16")) == 0
+    exact, rounded = list(losses(tmp_path / "float32").values()), list(losses(tmp_path / "log").values())
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.05)
+    assert all(w.dtype == torch.float32 for w in newest(tmp_path / "log")["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+     ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
+     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), ("NVIDIA A10G", None)],
+)  # fmt: skip
+def test_the_peak_is_known_for_known_gpus_only(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert train_gpt2.peak_flops(cuda, torch.bfloat16) == peak
+    assert train_gpt2.peak_flops(cuda, torch.float32) is None
+    assert train_gpt2.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_gpt2_124m_takes_0_855_gflop_a_token():
+    assert train_gpt2.flops_per_token(GPT(train_gpt2.GPTConfig(), seed=None)) == pytest.approx(0.855e9, rel=1e-3)
 
 
 def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
@@ -131,6 +170,7 @@ def test_two_ranks_train_like_one(shards, tmp_path):
     assert validation[1] == pytest.approx(validation[0], abs=1e-5)
     assert newest(tmp_path / "two")["model"].keys() == GPT(TINY).state_dict().keys()
     assert result.stdout.count("step     6/6") == 1
+    assert sum('"train"' in line for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_rank_that_fails_ends_the_job(shards, tmp_path):
@@ -145,11 +185,9 @@ def test_a_rank_that_fails_ends_the_job(shards, tmp_path):
         "train_gpt2.train_step = step\n"
         "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
     )
-    began = time.monotonic()
     result = run_script([program, *tiny_flags(shards, tmp_path / "log")], ranks=2, timeout=60)
     assert result.returncode != 0
     assert "train_gpt2.py: rank 1 fails here" in result.stderr
-    assert time.monotonic() - began < 60
 
 
 def test_compile_validation_and_sampling_work_in_one_run(shards, tmp_path, capsys):
@@ -157,7 +195,10 @@ def test_compile_validation_and_sampling_work_in_one_run(shards, tmp_path, capsy
     flags = tiny_flags(shards, tmp_path / "log", compile=True, sample_every=3, max_length=20)
     torch._dynamo.reset()
     assert run_train(flags) == 0
-    assert "warning" not in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "warning" not in err
+    assert out.count("step     3 | sample: !") == out.count("step     6 | sample: !") == 4
+    assert list(read_log(tmp_path / "log" / "log.jsonl")["val"]) == [0, 3, 6]
     compiled, eager = losses(tmp_path / "log"), losses(tmp_path / "eager")
     assert list(compiled.values()) == pytest.approx(list(eager.values()), abs=1e-4)
     assert newest(tmp_path / "log")["model"].keys() == GPT(TINY).state_dict().keys()
@@ -316,7 +357,11 @@ def test_other_shards_than_the_run_began_with_are_refused(unbroken, shards, caps
 def test_what_does_not_matter_may_change(unbroken, shards, tmp_path):
     out, _ = unbroken
     moved = shutil.copytree(out, tmp_path / "elsewhere")
-    assert run_train(tiny_flags(shards, moved, eval_every=1, save_every=4, val_tokens=32)) == 0
+    for path in train_gpt2.find_checkpoints(moved)[1:]:
+        path.unlink()  # so that step 6 is taken once more
+    changes = {"eval_every": 1, "save_every": 4, "val_tokens": 32, "micro_batch": 2, "dtype": "bfloat16"}
+    assert run_train(tiny_flags(shards, moved, **changes)) == 0
+    assert losses(moved)[6] == pytest.approx(losses(out)[6], abs=0.05)
 
 
 def test_no_resume_never_overwrites_a_run(unbroken, capsys):
@@ -336,6 +381,63 @@ def test_a_log_line_cut_by_a_kill_harms_no_other(tmp_path):
     Log(path, CPU)
     assert {step: entry["loss"] for step, entry in read_log(path)["train"].items()} == {1: 2.0, 2: 0.5}
     assert len(path.read_text().splitlines()) == 4
+
+
+def test_a_log_without_what_a_new_run_undid(tmp_path):
+    log = Log(tmp_path / "log.jsonl", CPU)
+    log.write("start", 0)
+    for step in (1, 2, 3):
+        log.write("train", step, loss=1.0)
+    log.write("start", 1)
+    log.write("train", 2, loss=0.5)
+    assert {step: entry["loss"] for step, entry in read_log(log.path)["train"].items()} == {1: 1.0, 2: 0.5}
+
+
+def test_a_file_that_cannot_be_written_in_full_leaves_the_old_checkpoint_and_one_line(shards, tmp_path):
+    flags = tiny_flags(shards, tmp_path / "log", n_embd=64, eval_every=0)
+    program = tmp_path / "small_disk.py"
+    program.write_text(
+        "import resource, signal, sys, fineweb, train_gpt2\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
+    )
+    result = run_script([program, *flags])
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "ckpt_000002.pt" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.jsonl"]
+
+
+def test_training_goes_on_from_weights_of_transformers_and_resumes(shards, tmp_path, capsys):
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=96))
+    theirs.save_pretrained(tmp_path / "hf")
+    shape = {"--block_size", "--vocab_size", "--n_layer", "--n_head", "--n_embd"}
+    flags = tiny_flags(shards, tmp_path / "log", init_from=tmp_path / "hf", save_every=1)
+    flags = [a for a, before in zip(flags, [None, *flags], strict=False) if a not in shape and before not in shape]
+    stop_after(3, flags)
+    assert run_train(flags) == 0
+    first = read_log(tmp_path / "log" / "log.jsonl")["val"][0]["loss"]
+    x, y = Sequences(shards, "val", TINY).read(range(10))
+    expected = torch.nn.functional.cross_entropy(theirs.eval()(x).logits.flatten(0, 1), y.flatten()).item()
+    assert first == pytest.approx(expected, abs=1e-4)
+    assert list(losses(tmp_path / "log")) == [1, 2, 3, 4, 5, 6]
+    capsys.readouterr()
+    assert run_train(tiny_flags(shards, tmp_path / "log")) == 2
+    assert "--init_from is scratch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("data", "lines"), [("edufineweb", 1), ("demo", 0)])
+def test_reference_lines_are_drawn_only_where_the_data_are_the_same(tmp_path, monkeypatch, data, lines):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: drawn.append(y))
+    log = Log(tmp_path / "log.jsonl", CPU)
+    log.write("start", 0, data=data, block_size=1024, batch_tokens=8, parameters=1)
+    log.write("val", 0, loss=3.0, tokens=8)
+    train_gpt2.draw_curves(log.path, tmp_path / "curves.png")
+    assert drawn == [3.2924] * lines
 
 
 def test_ranks_that_see_different_checkpoints_stop(shards, tmp_path, monkeypatch):
