@@ -1,27 +1,44 @@
 """Turn text into the shards that train_gpt2.py reads.
 
-    python fineweb.py --demo          # demo_data/: prose that comes with Python, no network
+    python fineweb.py                           # edu_fineweb10B/: FineWeb-Edu, 10B tokens, from the Hugging Face Hub
+    python fineweb.py --max_tokens 500000000    # its first 500M tokens
+    python fineweb.py --dataset my_texts        # a folder of .parquet, .jsonl, .jsonl.gz or .txt files
+    python fineweb.py --demo                    # demo_data/: prose that comes with Python, no network
 
 A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then PREFIX_train_000001.npy
 and so on. Documents follow each other, each one opened by <|endoftext|>, and run on from one shard into the next.
+manifest.json tells what they were made from and what is in them. The same command again goes on after the last shard.
 """
 
 import argparse
 import ast
 import binascii
+import dataclasses
 import difflib
+import gzip
 import hashlib
+import io
+import json
+import multiprocessing
 import os
 import random
+import re
+import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -35,9 +52,12 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 END_OF_TEXT = 50256
 N_VOCAB = 50257  # byte-pair ranks 0..50255, then <|endoftext|>
 
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+SAMPLED = (FINEWEB_EDU, "HuggingFaceFW/fineweb")  # which have a folder sample/10BT
 DEMO_DIR = "demo_data"
-DEMO_SHARD_TOKENS = 40_000
-
+# What reading a damaged file may raise.
+DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, RuntimeError, MemoryError, zlib.error)
+AGAIN = "complete shards are kept, and the same command again goes on after them"
 
 # ---------------------------------------------------------------- shared by the three scripts
 
@@ -109,40 +129,59 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # which a failed write() doesn't tell
         raise
 
 
-def prefetch(function: Callable, arguments: Iterable, ahead: int = 3) -> Iterator:
-    """Yield function(a) for each argument in turn, while threads compute the next few."""
+def background(function: Callable, *args) -> Future:
+    """Start function(*args) in a thread, for which the end of the program doesn't wait."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def prefetch(function: Callable, arguments: Iterable, ahead: int = 3, submit: Callable = background) -> Iterator:
+    """Yield function(a) for each argument in turn, while threads, or what `submit` starts, compute the next few."""
     arguments = iter(arguments)
-    with ThreadPoolExecutor(ahead) as pool:
-        pending = deque(pool.submit(function, a) for a in islice(arguments, ahead))
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(pool.submit(function, a) for a in islice(arguments, 1))
-            yield result
+    pending = deque(submit(function, a) for a in islice(arguments, ahead))
+    while pending:
+        result = pending.popleft().result()
+        pending.extend(submit(function, a) for a in islice(arguments, 1))
+        yield result
 
 
 # ---------------------------------------------------------------- tokens
+
+# GPT-2's pattern as tiktoken has it, with one pair of parentheses more: what stands in them needs no backtracking, and
+# in one group the regular-expression engine hands it to its fast path, which makes encoding 1.6 times as fast.
+PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s means there
+LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")  # no token reaches across this place
+BATCH_CHARACTERS = 1_000_000  # what a worker gets at once: some 30 ms of work
+
+Batch = tuple[list[int], float, list[str]]  # file and row of the first text, the part of the whole read, the texts
 
 
 @cache
 def tokenizer() -> tiktoken.Encoding:
     """The GPT-2 encoding, built from assets/gpt2.tiktoken; raises UserError if that file is missing or altered."""
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    try:
-        content = RANKS_FILE.read_bytes()
-    except OSError as error:
-        raise UserError(f"the GPT-2 ranks, {describe(error)}: restore the file from the repository") from None
+    content = RANKS_FILE.read_bytes() if RANKS_FILE.exists() else b""
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
-        raise UserError(f"the SHA-256 of {RANKS_FILE} is not {RANKS_SHA256}: restore the file from the repository")
+        raise UserError(f"{RANKS_FILE} is missing, or its SHA-256 not {RANKS_SHA256}: restore it from the repository")
     pairs = (line.split() for line in content.splitlines())
     return tiktoken.Encoding(
         "gpt2",
-        pat_str=r50k_pat_str,
+        pat_str=PATTERN,
         mergeable_ranks={binascii.a2b_base64(token): int(rank) for token, rank in pairs},
         special_tokens={"<|endoftext|>": END_OF_TEXT},
         explicit_n_vocab=N_VOCAB,
@@ -151,10 +190,45 @@ def tokenizer() -> tiktoken.Encoding:
 
 def encode_document(text: str) -> np.ndarray:
     """<|endoftext|> and the tokens of `text` as uint16; what looks like a special token in it is ordinary text."""
-    return np.array([END_OF_TEXT, *tokenizer().encode_ordinary(text)], dtype=np.uint16)
+    encode = partial(tokenizer().encode_to_numpy, disallowed_special=())
+    try:
+        parts = [encode(text)]
+    except ValueError:  # lone surrogates, or a run of a million spaces, too deep for the regular expression
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        parts = map(encode, LAST_SPACE.split(text))
+    return np.concatenate([[END_OF_TEXT], *parts], dtype=np.uint16, casting="unsafe")
 
 
-# ---------------------------------------------------------------- shards
+def encode_batch(batch: Batch) -> tuple[list[int], float, np.ndarray]:
+    """A batch with the tokens of its texts, (N,) uint16, in their stead."""
+    place, part, texts = batch
+    return place, part, np.concatenate([np.empty(0, np.uint16), *map(encode_document, texts)])
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent process, and end with it, however it ends."""
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
+    """encode_batch() of each batch, in order; by more than one worker in processes of their own."""
+    if workers == 1:
+        yield from map(encode_batch, batches)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker) as pool:
+            yield from prefetch(encode_batch, batches, 2 * workers + 2, pool.submit)
+
+
+# ---------------------------------------------------------------- shards and their manifest
+
+SHARD = re.compile(r"[\w.-]*_(train|val)_\d+\.(npy|bin)", re.ASCII)
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -175,64 +249,331 @@ def open_shard(path: Path) -> np.ndarray:
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"{tokens.dtype} of shape {tokens.shape}, not a row of uint16")
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGE as error:
         raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
     return tokens
 
 
-class ShardWriter:
-    """Cuts a stream of tokens into shards of `shard_tokens` each, the last one shorter; the first is for validation."""
+@dataclass
+class Manifest:
+    """manifest.json: from what and how the shards beside it were made, and what is in them."""
 
-    def __init__(self, out_dir: Path, prefix: str, shard_tokens: int):
-        self.out_dir, self.prefix = out_dir, prefix
-        self.buffer = np.empty(shard_tokens, dtype=np.uint16)
-        self.filled = 0
-        self.paths: list[Path] = []
-        out_dir.mkdir(parents=True, exist_ok=True)
+    dataset: str
+    subset: str
+    revision: str
+    shard_tokens: int
+    max_tokens: int | None
+    tokenizer: str = RANKS_SHA256
+    commit: str | None = None  # what the Hub resolved the revision to; None for a folder
+    files: dict = field(default_factory=dict)  # of the dataset, in the order they are read, with their bytes
+    complete: bool = False
+    next: list = field(default_factory=lambda: [0, 0, 0])  # where the next shard begins: file, row, tokens from there
+    documents: int = 0
+    shards: list = field(default_factory=list)  # {"name", "tokens", "sha256"} of each
+    token_ids: list = field(default_factory=list)  # those that occur
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Append 1-D uint16 tokens to the stream, writing each shard as it fills up."""
-        while len(tokens):
-            taken = min(len(tokens), len(self.buffer) - self.filled)
-            self.buffer[self.filled : self.filled + taken] = tokens[:taken]
-            self.filled += taken
-            tokens = tokens[taken:]
-            if self.filled == len(self.buffer):
-                self.flush()
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """The manifest of a folder; UserError if it is missing or damaged."""
+        path = folder / "manifest.json"
+        try:
+            manifest = cls(**json.loads(path.read_bytes()))
+            fits = all(isinstance(getattr(manifest, f.name), f.type) for f in dataclasses.fields(cls))
+            fits &= all(SHARD.fullmatch(shard["name"]) and shard["tokens"] > 0 for shard in manifest.shards)
+            fits &= not any(name.startswith("/") or ".." in name or size < 0 for name, size in manifest.files.items())
+            fits &= len(manifest.next) == 3 and all(isinstance(n, int) and n >= 0 for n in manifest.next)
+            if not fits or manifest.next[0] > len(manifest.files):
+                raise ValueError("a field holds what it can't")
+        except DAMAGE as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}: restore it, or make the shards anew") from None
+        return manifest
 
-    def flush(self) -> None:
-        """Write what is in the buffer, if anything, as the next shard."""
-        if not self.filled:
-            return
-        split = "train" if self.paths else "val"
-        path = self.out_dir / f"{self.prefix}_{split}_{len(self.paths):06d}.npy"
-        with whole_file(path) as file:
-            np.save(file, self.buffer[: self.filled], allow_pickle=False)
-        self.paths.append(path)
-        self.filled = 0
+    def save(self, folder: Path) -> None:
+        """Replace manifest.json, whole or not at all, with a line for each field."""
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in dataclasses.asdict(self).items())
+        with whole_file(folder / "manifest.json") as file:
+            file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+    def add(self, path: Path, next: list[int], complete: bool) -> None:
+        """Enter a shard as it is on the disk, and where the one after it begins; UserError if it is no GPT-2 shard."""
+        tokens, seen = open_shard(path), np.zeros(2**16, dtype=bool)
+        seen[np.array(self.token_ids, dtype=np.uint16)] = True
+        for start in range(0, len(tokens), 2**20):
+            chunk = tokens[start : start + 2**20]
+            seen[chunk] = True
+            self.documents += int(np.count_nonzero(chunk == END_OF_TEXT))
+        self.token_ids = np.flatnonzero(seen).tolist()
+        if seen[N_VOCAB:].any():
+            raise UserError(f"{path} holds token {self.token_ids[-1]}, which GPT-2 has not: replace the file")
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.shards.append({"name": path.name, "tokens": len(tokens), "sha256": digest})
+        self.next, self.complete = next, complete
+
+    @property
+    def tokens(self) -> int:
+        """How many all shards hold."""
+        return sum(shard["tokens"] for shard in self.shards)
+
+    def shard_name(self, number: int) -> str:
+        """What a shard made here is called, counted from 0."""
+        name = re.sub(r"[^a-zA-Z0-9.]+", "-", Path(self.dataset).resolve().name).strip("-.") or "text"
+        prefix = "edufineweb" if self.dataset == FINEWEB_EDU else name
+        return f"{prefix}_{'train' if number else 'val'}_{number:06d}.npy"
 
 
-def write_shards(documents: Iterable[str], out_dir: Path, prefix: str, shard_tokens: int) -> list[Path]:
-    """Tokenize documents, in order, into shards under `out_dir`; returns their paths, validation first."""
-    writer = ShardWriter(out_dir, prefix, shard_tokens)
-    for text in documents:
-        writer.add(encode_document(text))
-    writer.flush()
-    return writer.paths
+def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, next: list[int], complete: bool = False) -> None:
+    """Write the next shard, then the manifest; a run that is cut off between the two writes the same shard again."""
+    path = folder / manifest.shard_name(len(manifest.shards))
+    with whole_file(path) as file:
+        # The same bytes as np.save(), which would hide that the disk is full.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+        file.write(tokens.data)
+    manifest.add(path, next, complete)
+    manifest.save(folder)
+
+
+def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1) -> None:
+    """Tokenize batches, from the row that manifest.next names on, into shards, until their end or max_tokens.
+
+    A shard is written while the next one fills up. Tokens that don't fill more than one are cut in two, a tenth for
+    validation. Raises UserError if there are none, OSError if a shard can't be written.
+    """
+    from tqdm import tqdm
+
+    lines = not sys.stderr.isatty()
+    style = {"file": io.StringIO(), "mininterval": 1e9} if lines else {"dynamic_ncols": True}
+    skip, total, limit = manifest.next[2], manifest.tokens, manifest.max_tokens or sys.maxsize
+    buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
+    with (
+        tqdm(initial=total, unit="tok", unit_scale=True, disable=not manifest.files, **style) as bar,
+        ThreadPoolExecutor(1) as writer,
+        closing(encode_batches(batches, workers)) as encoded,
+    ):
+        writing = writer.submit(str)
+        for (file, row), part, tokens in encoded:
+            at, before = min(skip, len(tokens)), total
+            skip -= at
+            tokens = tokens[: at + limit - total]
+            while at < len(tokens):
+                if filled == len(buffer):
+                    writing.result()
+                    writing = writer.submit(write_shard, buffer, folder, manifest, [file, row, at])
+                    buffer, filled = np.empty_like(buffer), 0
+                taken = min(len(tokens) - at, len(buffer) - filled)
+                buffer[filled : filled + taken] = tokens[at : at + taken]
+                at, filled, total = at + taken, filled + taken, total + taken
+            bar.total = min(limit, round(total / max(part, 1e-9)))
+            bar.set_description_str(manifest.shard_name(total // manifest.shard_tokens), refresh=False)
+            bar.update(total - before)
+            if lines and manifest.files and before // manifest.shard_tokens < total // manifest.shard_tokens:
+                print(bar, file=sys.stderr, flush=True)
+            if total == limit:
+                break
+    writing.result()
+    begin = 0 if manifest.shards else max(1, filled // 10)
+    if begin >= filled:
+        raise UserError(f"{manifest.dataset} has no text, or less than it had")
+    if begin:
+        write_shard(buffer[:begin], folder, manifest, [0, 0, begin])
+    write_shard(buffer[begin:filled], folder, manifest, manifest.next, complete=True)
+
+
+# ---------------------------------------------------------------- sources: a folder, or a dataset on the Hub
+
+
+def read_rows(path: Path, first: int) -> Iterator[tuple[dict, float]]:
+    """The rows of a .parquet, .jsonl, .jsonl.gz or .txt file from row `first` on, and what part of it is then read."""
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path, pre_buffer=False) as file:
+            if "text" not in file.schema_arrow.names:
+                raise ValueError(f"no column named text, only {', '.join(file.schema_arrow.names)}")
+            ends = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+            group = int(np.searchsorted(ends, first, side="right")) - 1
+            batches = file.iter_batches(1024, row_groups=range(group, file.num_row_groups), columns=["text"])
+            records = (record for batch in batches for record in batch.to_pylist())
+            for row, record in enumerate(islice(records, first - int(ends[group]), None), first + 1):
+                yield record, row / int(ends[-1])
+    elif path.suffix == ".txt":
+        yield from islice([({"text": path.read_bytes().decode()}, 1.0)], first, None)
+    else:
+        size = path.stat().st_size
+        with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
+            for line in islice(lines, first, None):
+                yield json.loads(line) if line.strip() else {"text": None}, file.tell() / size
+
+
+def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
+    """The texts of files, from the row that manifest.next names on, by about a million characters.
+
+    A null is no document. Raises UserError, with the file and the row, for what can't be read.
+    """
+    number, first, _ = manifest.next
+    sizes = [*manifest.files.values()]
+    for path in paths:
+        before, size, total = sum(sizes[:number]), sizes[number], sum(sizes) or 1
+        row, texts, characters = first, [], 0
+        try:
+            for record, part in read_rows(path, first):
+                if not isinstance(text := record["text"], str | None):
+                    raise ValueError(f"text is {type(text).__name__}, not a string")
+                if text is not None:
+                    texts.append(text)
+                    characters += len(text) + 1
+                row += 1
+                if characters >= BATCH_CHARACTERS:
+                    yield [number, first], (before + part * size) / total, texts
+                    first, texts, characters = row, [], 0
+        except DAMAGE as error:
+            mend = "mend it, or remove it if it was downloaded, and run the same command again"
+            raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {mend}") from None
+        yield [number, first], (before + size) / total, texts
+        number, first = number + 1, 0
+
+
+def ask_hub(function: Callable, *args, **kwargs):
+    """function(...) of huggingface_hub, three times if need be, which retries much by itself; else UserError."""
+    for left in (2, 1, 0):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # of a dozen kinds
+            if not left:
+                mend = f"check the network, --dataset, --subset and --revision; {AGAIN}"
+                raise UserError(f"the Hub: {one_line(error)}: {mend}") from None
+            time.sleep(1)
+
+
+def find_source(manifest: Manifest) -> None:
+    """Enter in a new manifest the files to read, and the commit if they are on the Hub; UserError if there are none."""
+    place, names, tokens = Path(manifest.dataset, manifest.subset), [], 0
+    if Path(manifest.dataset).is_dir():
+        suffixes = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+        files = {path.name: path.stat().st_size for path in place.glob("[!.]*") if path.is_file()}
+    else:
+        from huggingface_hub import HfApi
+
+        suffixes, hub = (".parquet",), HfApi()
+        manifest.commit = ask_hub(hub.dataset_info, manifest.dataset, revision=manifest.revision).sha
+        tree = partial(hub.list_repo_tree, repo_type="dataset", revision=manifest.commit, recursive=True)
+        entries = ask_hub(lambda: list(tree(manifest.dataset, manifest.subset or None)))
+        files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        # Ready-made shards, those for validation first, as many as max_tokens takes; there are two bytes in a token.
+        shards = [name for name in files if name.endswith(".bin") and SHARD.fullmatch(Path(name).name)]
+        for name in sorted(shards, key=lambda name: ("_val_" not in name, name)):
+            if tokens < (manifest.max_tokens or sys.maxsize) or "_train_" not in names[-1]:
+                names.append(name)
+                tokens += files[name] // 2 - 512
+    names = names or sorted(name for name in files if name.endswith(suffixes))
+    if not names:
+        raise UserError(f"no {', '.join(suffixes)} files in {place}: check --dataset and --subset")
+    manifest.files = {name: files[name] for name in names}
+
+
+def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Path]:
+    """The files from manifest.next on; each is downloaded while the one before is in use, and removed after use."""
+    names = [*manifest.files]
+    done, left = names[: manifest.next[0]], names[manifest.next[0] :]
+    if manifest.commit is None:
+        yield from (Path(manifest.dataset, manifest.subset, name) for name in left)
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    for path in [*downloads.rglob("*.incomplete"), *(downloads / name for name in done)]:  # a killed run left them
+        path.unlink(missing_ok=True)
+    folder = None if keep else downloads  # None is the Hub's own cache
+    download = partial(hf_hub_download, repo_type="dataset", revision=manifest.commit, local_dir=folder)
+    for path in map(Path, prefetch(partial(ask_hub, download, manifest.dataset), left, ahead=1)):
+        yield path
+        if not keep:
+            path.unlink()
+
+
+def take_shards(paths: Iterable[Path], folder: Path, manifest: Manifest) -> None:
+    """Check ready-made shards and put them in the folder."""
+    from tqdm import tqdm
+
+    begin, end = manifest.next[0], len(manifest.files)
+    for number, path in enumerate(tqdm(paths, initial=begin, total=end, unit="shard", disable=None), begin + 1):
+        manifest.add(path, [number, 0, 0], number == end)
+        with whole_file(folder / path.name) as target, open(path, "rb") as source:
+            shutil.copyfileobj(source, target)
+        manifest.save(folder)
+
+
+# ---------------------------------------------------------------- the whole job
+
+
+def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
+    """Make the shards with the wanted settings, or go on making them; returns their manifest.
+
+    Raises UserError for whatever the user can mend. Whatever happens, complete shards stay.
+    """
+    from filelock import FileLock, Timeout
+
+    manifest, downloads = None, folder / "downloads"
+    if (folder / "manifest.json").exists():
+        manifest = Manifest.load(folder)
+        for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "tokenizer"):
+            if (was := getattr(manifest, name)) != (now := getattr(wanted, name)):
+                raise UserError(f"{folder} has shards with {name} {was}, not {now}: give another --out_dir")
+        if manifest.complete:
+            shutil.rmtree(downloads, ignore_errors=True)  # which a run killed at its very end leaves
+            return manifest
+    elif any(SHARD.fullmatch(path.name) for path in folder.glob("*")):
+        raise UserError(f"{folder} holds shards, but no manifest.json to go on from: give another --out_dir")
+    try:
+        if not manifest or not manifest.commit:
+            find_source(wanted)
+        manifest = manifest or wanted
+        if wanted.files and wanted.files != manifest.files:
+            raise UserError(f"the files in {wanted.dataset} are not those of the start: give another --out_dir")
+        downloads.mkdir(parents=True, exist_ok=True)
+        with FileLock(downloads / ".lock", blocking=False):
+            manifest.save(folder)
+            size, at = sum(manifest.files.values()) / 1e9, f" at {manifest.commit}" if manifest.commit else ""
+            print(f"{manifest.dataset}{at}: {len(manifest.files)} files, {size:.2f} GB", file=sys.stderr)
+            paths = fetch_files(manifest, downloads, keep_downloads)
+            if next(iter(manifest.files)).endswith(".bin"):
+                take_shards(paths, folder, manifest)
+            else:
+                write_shards(read_batches(paths, manifest), folder, manifest, workers)
+        shutil.rmtree(downloads, ignore_errors=True)
+    except Timeout:
+        raise UserError(f"another fineweb.py is at work in {folder}: let it end") from None
+    except BrokenProcessPool:
+        raise UserError(f"a worker was killed, for want of memory perhaps (--workers {workers}); {AGAIN}") from None
+    except OSError as error:
+        raise UserError(f"{describe(error)}; {AGAIN}") from None
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; {AGAIN}", status=130) from None
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a folder; UserError unless it is complete, and the shards byte by byte what it says."""
+    from tqdm import tqdm
+
+    manifest = Manifest.load(folder)
+    found = dataclasses.replace(manifest, documents=0, shards=[], token_ids=[])
+    for shard in tqdm(manifest.shards, unit="shard", disable=None):
+        found.add(folder / shard["name"], manifest.next, manifest.complete)
+        if found.shards[-1] != shard:
+            raise UserError(f"{folder / shard['name']} is not what manifest.json says: make the shards anew")
+    if found != manifest:
+        raise UserError(f"{folder / 'manifest.json'} does not fit the shards: documents or token_ids are others")
+    for path in folder.glob("*"):
+        if SHARD.fullmatch(path.name) and path.name not in {shard["name"] for shard in manifest.shards}:
+            raise UserError(f"{path} is not in manifest.json: move it away")
+    if not manifest.complete:
+        raise UserError(f"the shards in {folder} are right, but not complete: run the command that began them again")
+    return manifest
 
 
 # ---------------------------------------------------------------- the demo corpus
-
-
-def pages(text: str, characters: int = 2000) -> Iterator[str]:
-    """Cut a text at blank lines into pieces of about so many characters."""
-    page = ""
-    for paragraph in text.split("\n\n"):
-        if page and len(page) + len(paragraph) > characters:
-            yield page
-            page = ""
-        page += f"{paragraph}\n\n"
-    yield page
 
 
 def demo_documents() -> list[str]:
@@ -251,7 +592,8 @@ def demo_documents() -> list[str]:
         nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
         docstrings = (ast.get_docstring(node) or "" for node in nodes)
         texts += [text for text in docstrings if len(text) >= 100]
-    documents = [page for text in texts for page in pages(text)]
+    # A page ends with the first blank line after 1,500 characters.
+    documents = [page for text in texts for page in re.findall(r"(?s).{1500,}?\n\n|.+", text)]
     random.Random(0).shuffle(documents)
     return documents
 
@@ -264,22 +606,55 @@ def write_demo(out_dir: Path) -> None:
         raise UserError(f"{out_dir} is there already and holds no shards: remove it, or name another folder")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f"{out_dir.name}.") as folder:
-        write_shards(demo_documents(), Path(folder) / "shards", "demo", DEMO_SHARD_TOKENS)
-        (Path(folder) / "shards").rename(out_dir)
+        shards = Path(folder, "shards")
+        shards.mkdir()
+        manifest = Manifest("demo", "", "", shard_tokens=40_000, max_tokens=None)
+        write_shards([([0, 0], 1.0, demo_documents())], shards, manifest)
+        shards.rename(out_dir)
 
 
 # ---------------------------------------------------------------- command line
 
 
 def main(argv: list[str] | None = None) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = Parser(prog="fineweb.py", description=__doc__)
-    parser.add_argument("--demo", action="store_true", help="write the demo corpus, which needs no network")
-    parser.add_argument("--out_dir", default=DEMO_DIR, help=f"folder for the shards (default: {DEMO_DIR})")
+    for name, kind, default, text in [
+        ("out_dir", str, None, "folder for the shards (default: edu_fineweb10B, or demo_data with --demo)"),
+        ("dataset", str, FINEWEB_EDU, f"name on the Hub, or a folder (default: {FINEWEB_EDU})"),
+        ("subset", str, None, "folder in the dataset (default: sample/10BT of FineWeb and FineWeb-Edu, else all)"),
+        ("revision", str, "main", "branch, tag or commit on the Hub (default: main)"),
+        ("shard_tokens", int, 100_000_000, "tokens in a shard (default: 100 million)"),
+        ("max_tokens", int, None, "stop after so many tokens (default: take all)"),
+        ("workers", int, cores, f"processes that tokenize (default: the usable cores, {cores} here)"),
+    ]:
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
+    for name, text in [
+        ("keep_downloads", "keep the downloaded files, in the Hub's own cache (default: two at a time)"),
+        ("demo", "write the demo corpus, which needs no network"),
+        ("verify", "compare the shards in --out_dir with their manifest.json"),
+    ]:
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     args = parser.parse_args(argv)
-    if not args.demo:
-        raise UserError("only the demo corpus can be made so far: run `python fineweb.py --demo`", status=2)
-    write_demo(Path(args.out_dir))
-    print(f"the demo corpus is in {args.out_dir}", file=sys.stderr)
+    for name, least, most in [("shard_tokens", 1, 2**30), ("max_tokens", 2, 2**53), ("workers", 1, 1024)]:
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name} {value} must be from {least} to {most}")
+    if args.demo and (args.dataset != FINEWEB_EDU or args.max_tokens):
+        parser.error("--demo takes no --dataset and no --max_tokens")
+    subset = args.subset if args.subset is not None else "sample/10BT" if args.dataset in SAMPLED else ""
+    folder = Path(args.out_dir or (DEMO_DIR if args.demo else "edu_fineweb10B"))
+    if args.verify:
+        manifest = verify(folder)
+    elif args.demo:
+        write_demo(folder)
+        print(f"the demo corpus is in {folder}", file=sys.stderr)
+        return
+    else:
+        wanted = Manifest(args.dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens)
+        manifest = build(folder, wanted, args.workers, args.keep_downloads)
+    shards = f"{len(manifest.shards)} shards (a short last one is normal)"
+    print(f"{folder}: {shards}, {manifest.tokens:,} tokens, {manifest.documents:,} documents", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,85 @@
-"""From text to shards."""
+"""From text to shards: tokens, shards, the manifest, a restart at any point."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tiktoken
+from conftest import run_script, start_script
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import fineweb
-from fineweb import END_OF_TEXT, UserError, encode_document, tokenizer, whole_file, write_shards
+from fineweb import END_OF_TEXT, Manifest, UserError, build, encode_document, tokenizer, verify, whole_file
+
+PLANES = "a \n\t<|endoftext|>'s I'll  12é 3\u00a0\u3000ж\u0301世界\U0001f600\U0002a6d6\U000e0041\U0010ffff."
+
+
+def fuzz(seed: int, length: int) -> str:
+    """Text with characters of every Unicode plane, among words, numbers, white space and what looks special."""
+    rng = random.Random(seed)
+    pieces = [*"  \n\n\t'.,:", "word", " the", "'ll", "12", "<|endoftext|>", "\r\n", "\u00a0", "\u2003", "é"]
+    text = ""
+    while len(text) < length:
+        code = rng.randrange(17) * 0x10000 + rng.randrange(0x10000)
+        text += rng.choice(pieces) if rng.random() < 0.8 or 0xD800 <= code < 0xE000 else chr(code)
+    return text[:length]
+
+
+@pytest.fixture(scope="module")
+def reference() -> tiktoken.Encoding:
+    """GPT-2's encoding with the pattern that tiktoken ships."""
+    ranks = tokenizer()._mergeable_ranks
+    return tiktoken.Encoding("r", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+
+
+def stream(reference, texts) -> np.ndarray:
+    """What the shards of these documents must hold, one after the other."""
+    tokens = [token for text in texts if text is not None for token in [50256, *reference.encode_ordinary(text)]]
+    return np.array(tokens, dtype=np.uint16)
+
+
+def write_parquet(path: Path, texts: list, rows: int = 7) -> Path:
+    """A parquet file with a column more than needed, in groups of so many rows; returns its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = [str(i) for i in range(len(texts))]
+    pq.write_table(pa.table({"id": ids, "text": pa.array(texts, pa.string())}), path, row_group_size=rows)
+    return path.parent
+
+
+def wanted(dataset, shard_tokens=100, max_tokens=None) -> Manifest:
+    return Manifest(str(dataset), "", "main", shard_tokens, max_tokens)
+
+
+def shards(folder) -> list[np.ndarray]:
+    """The shards of a folder in the order of their numbers."""
+    return [fineweb.open_shard(path) for path in sorted(Path(folder).glob("*_[0-9]*"), key=lambda p: p.name[-10:])]
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+DOCUMENTS = [
+    "one two three",
+    "",
+    None,
+    fuzz(1, 300),
+    "a<|endoftext|>b",
+    "long " * 330,
+    *(fuzz(i, 40 + i) for i in range(40)),
+]
+
+
+# ---------------------------------------------------------------- tokens
 
 
 def test_the_tokenizer_is_gpt2s():
@@ -16,40 +91,130 @@ def test_the_tokenizer_is_gpt2s():
     assert tokenizer().decode(tokenizer().encode_ordinary(text)) == text
 
 
-def test_a_document_opens_with_end_of_text_and_holds_no_other():
+def test_the_faster_pattern_gives_the_tokens_of_tiktokens_own(reference):
+    for seed in range(2000):
+        text = fuzz(seed, 1 + seed % 97)
+        assert tokenizer().encode_ordinary(text) == reference.encode_ordinary(text)
+    for text in fineweb.demo_documents():
+        assert tokenizer().encode_ordinary(text) == reference.encode_ordinary(text)
+
+
+def test_a_document_opens_with_end_of_text_and_holds_no_other(reference):
     tokens = encode_document("a<|endoftext|>b")
     assert tokens.dtype == np.uint16
     assert tokens[0] == END_OF_TEXT
     assert END_OF_TEXT not in tokens[1:]
     assert encode_document("").tolist() == [END_OF_TEXT]
+    for seed in range(300):
+        text = fuzz(seed, 60)
+        assert encode_document(text).tolist() == stream(reference, [text]).tolist()
+
+
+def test_text_that_stops_the_regular_expression_is_encoded_all_the_same(reference):
+    run = 1_200_000
+    for text in ["a" + " " * run + "b", "\n" * run + "b  c\u00a0\u00a0d", " " * run]:
+        # A run of white space is one piece but for its last character, which opens the next.
+        space = text[1] * (run - 1)
+        before, after = text[: text.index(space)], text[text.index(space) + run - 1 :]
+        pieces = [before, space, after]
+        expected = [token for piece in pieces for token in reference.encode_ordinary(piece)]
+        if text.strip():
+            with pytest.raises(ValueError, match="[Rr]egex"):
+                reference.encode_to_numpy(text, disallowed_special=())
+            assert encode_document(text)[1:].tolist() == expected
+        assert tokenizer().decode(encode_document(text)[1:].tolist()) == text
+    assert encode_document("x\ud800y").tolist() == stream(reference, ["x\ufffdy"]).tolist()  # half a surrogate pair
+
+
+def test_the_cut_in_white_space_is_where_no_token_crosses(reference):
+    for seed in range(1000):
+        text = fuzz(seed, 80)
+        pieces = fineweb.LAST_SPACE.split(text)
+        assert [t for piece in pieces for t in reference.encode_ordinary(piece)] == reference.encode_ordinary(text)
 
 
 def test_altered_ranks_are_refused(tmp_path, monkeypatch):
     altered = tmp_path / "gpt2.tiktoken"
     altered.write_bytes(fineweb.RANKS_FILE.read_bytes()[:-1] + b"7")
-    monkeypatch.setattr(fineweb, "RANKS_FILE", altered)
-    tokenizer.cache_clear()
-    with pytest.raises(UserError, match="SHA-256"):
-        tokenizer()
-    monkeypatch.setattr(fineweb, "RANKS_FILE", tmp_path / "missing")
-    with pytest.raises(UserError, match="missing"):
-        tokenizer()
+    for path in [altered, tmp_path / "missing"]:
+        monkeypatch.setattr(fineweb, "RANKS_FILE", path)
+        tokenizer.cache_clear()
+        with pytest.raises(UserError, match=f"{path.name}.* SHA-256"):
+            tokenizer()
 
 
-def test_shards_hold_the_documents_one_after_the_other(tmp_path):
-    documents = ["one two three", "", "four " * 100, "five"]
-    paths = write_shards(documents, tmp_path / "data", "text", 30)
-    stream = np.concatenate([encode_document(d) for d in documents])
-    shards = [np.load(path) for path in paths]
-    assert [path.name for path in paths[:2]] == ["text_val_000000.npy", "text_train_000001.npy"]
-    assert all(s.dtype == np.uint16 and s.ndim == 1 for s in shards)
-    assert [len(s) for s in shards[:-1]] == [30] * (len(shards) - 1)
-    assert np.array_equal(np.concatenate(shards), stream)
-    assert not list((tmp_path / "data").glob("*.tmp"))
+# ---------------------------------------------------------------- shards
 
 
-def test_no_empty_shard_when_the_text_ends_with_one(tmp_path):
-    assert len(write_shards(["a b", "c d"], tmp_path, "text", 3)) == 2
+def test_shards_hold_the_documents_one_after_the_other(tmp_path, reference):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    manifest = build(tmp_path / "out", wanted(source))
+    expected, parts = stream(reference, DOCUMENTS), shards(tmp_path / "out")
+    assert len(encode_document(DOCUMENTS[5])) > 300  # longer than three shards
+    assert all(part.dtype == np.uint16 and part.ndim == 1 for part in parts)
+    assert [len(part) for part in parts[:-1]] == [100] * (len(parts) - 1)
+    assert np.array_equal(np.concatenate(parts), expected)
+    names = [f"text_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(parts))]
+    assert sorted(contents(tmp_path / "out")) == sorted([*names, "manifest.json"])
+    assert [shard["name"] for shard in manifest.shards] == names
+    assert manifest.complete
+    assert manifest.tokens == len(expected)
+    assert manifest.documents == sum(text is not None for text in DOCUMENTS)
+    assert manifest.token_ids == sorted(set(expected.tolist()))
+
+
+def test_a_shard_is_the_file_that_numpy_would_save(tmp_path):
+    build(tmp_path / "out", wanted(write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)))
+    shard = tmp_path / "out" / "text_val_000000.npy"
+    np.save(tmp_path / "again.npy", np.load(shard))
+    assert shard.read_bytes() == (tmp_path / "again.npy").read_bytes()
+
+
+def test_every_kind_of_file_gives_the_same_shards(tmp_path, reference):
+    texts = [text for text in DOCUMENTS if text is not None]
+    lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in [*DOCUMENTS[:7], *texts[6:]])
+    write_parquet(tmp_path / "parquet" / "b.parquet", DOCUMENTS[7:])
+    write_parquet(tmp_path / "parquet" / "a.parquet", DOCUMENTS[:7])
+    for kind, content in {"jsonl": (lines + "\n").encode(), "jsonl.gz": gzip.compress(lines.encode())}.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"text.{kind}").write_bytes(content)
+        (tmp_path / kind / "README.md").write_text("not a text to take")
+    (tmp_path / "txt").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "txt" / f"{i:03d}.txt").write_bytes(text.encode())
+    for kind in ["parquet", "jsonl", "jsonl.gz", "txt"]:
+        out = tmp_path / f"out-{kind}"
+        manifest = build(out, wanted(tmp_path / kind))
+        assert np.array_equal(np.concatenate(shards(out)), stream(reference, DOCUMENTS))
+        assert manifest.documents == len(texts)
+
+
+@pytest.mark.parametrize("tokens", [2, 57, 100, 101, 199, 200, 201, 1000])
+def test_max_tokens_ends_with_a_complete_folder_of_just_so_many(tmp_path, reference, tokens):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    manifest = build(tmp_path / "out", wanted(source, max_tokens=tokens))
+    parts = shards(tmp_path / "out")
+    assert np.array_equal(np.concatenate(parts), stream(reference, DOCUMENTS)[:tokens])
+    assert len(parts) > 1  # something to validate on, and something to train on
+    assert manifest.complete
+    assert verify(tmp_path / "out") == manifest
+
+
+def test_a_small_text_is_cut_in_two_a_tenth_for_validation(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", ["a"] * 50)  # 100 tokens, just a shard
+    build(tmp_path / "out", wanted(source))
+    assert [len(part) for part in shards(tmp_path / "out")] == [10, 90]
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
+    texts = [fuzz(i, 40_000) for i in range(80)]  # several batches
+    source = write_parquet(tmp_path / "text" / "a.parquet", texts)
+    for workers in (1, 2, 5):
+        argv = ["fineweb.py", "--dataset", source, "--out_dir", tmp_path / f"{workers}", "--workers", workers]
+        result = run_script([*argv, "--shard_tokens", 300_000])
+        assert result.returncode == 0, result.stderr
+        assert contents(tmp_path / f"{workers}") == contents(tmp_path / "1")
+    assert len(contents(tmp_path / "1")) > 5
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -64,6 +229,275 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+# ---------------------------------------------------------------- restart
+
+
+def killed_at(event: int, folder: Path, settings: Manifest) -> bool:
+    """Build in a process that ends with SIGKILL when it opens, renames or removes a file in the folder once more than
+    `event` times; returns whether it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        seen = 0
+
+        def count(name, arguments):
+            nonlocal seen
+            if name in ("open", "os.rename", "os.remove") and str(folder) in str(arguments[0]):
+                seen += 1
+                if seen > event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            build(folder, settings)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def test_killed_at_any_file_operation_a_run_goes_on_to_the_same_bytes(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS[:12])
+    write_parquet(tmp_path / "text" / "b.parquet", DOCUMENTS[12:20])
+    settings = lambda: wanted(source, 150)  # noqa: E731
+    build(tmp_path / "unbroken", settings())
+    unbroken, event = contents(tmp_path / "unbroken"), 0
+    assert len(unbroken) > 6
+    while killed_at(event, out := tmp_path / f"{event}", settings()):
+        if (out / "manifest.json").exists():
+            kept, there = Manifest.load(out), set(out.glob("*.npy"))
+            assert len(there) - len(kept.shards) in (0, 1)
+        for again in (10, 15, 99):  # and again and again
+            killed_at(again, out, settings())
+        assert contents(out) == unbroken
+        verify(out)
+        event += 1
+    assert event > 40
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and more than an entry that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_is_killed_from_outside_goes_on_to_the_same_bytes_and_leaves_no_process(tmp_path):
+    texts = [fuzz(i, 100_000) for i in range(60)]
+    source = write_parquet(tmp_path / "text" / "a.parquet", texts)
+    argv = ["fineweb.py", "--dataset", source, "--workers", 2, "--shard_tokens", 100_000, "--out_dir"]
+    assert run_script([*argv, tmp_path / "unbroken"]).returncode == 0
+    rng, out, kills = random.Random(1), tmp_path / "out", 0
+    for _ in range(6):
+        run = start_script([*argv, out])
+        before = len(list(out.glob("*.npy")))
+        while run.poll() is None and len(list(out.glob("*.npy"))) < before + 2:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        kills += run.poll() is None
+        run.kill()
+        run.communicate()  # which ends once the last process that holds its pipes does
+        deadline = time.monotonic() + 60
+        while any(alive(pid) for pid in children):
+            assert time.monotonic() < deadline, "a worker goes on without its parent"
+            time.sleep(0.01)
+    assert kills > 2
+    assert run_script([*argv, out]).returncode == 0
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_only_the_work_since_the_last_shard_is_done_again(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", ["a b"] * 30, rows=5)
+    write_parquet(tmp_path / "text" / "b.parquet", ["c d"] * 30, rows=5)
+    manifest = wanted(source, 20)
+    manifest.files, manifest.next = {"a.parquet": 1, "b.parquet": 1}, [1, 12, 1]
+    (place, _, texts), *more = fineweb.read_batches([source / "b.parquet"], manifest)
+    assert place == [1, 12]
+    assert texts == ["c d"] * 18
+    assert not more
+
+
+def test_other_settings_are_refused_and_touch_nothing(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    other = write_parquet(tmp_path / "other" / "a.parquet", DOCUMENTS)
+    out = tmp_path / "out"
+    build(out, wanted(source))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    for settings, name in [
+        (wanted(other), "dataset"),
+        (wanted(source, 50), "shard_tokens"),
+        (wanted(source, max_tokens=100), "max_tokens"),
+        (Manifest(str(source), "", "v1", 100, None), "revision"),
+        (Manifest(str(source), "sub", "main", 100, None), "subset"),
+        (Manifest(str(source), "", "main", 100, None, tokenizer="other"), "tokenizer"),
+    ]:
+        with pytest.raises(UserError, match=f"{name} .*--out_dir"):
+            build(out, settings)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
+    assert build(out, wanted(source)).complete  # done already
+
+
+def test_shards_of_another_make_are_not_overwritten(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    (tmp_path / "out").mkdir()
+    np.save(tmp_path / "out" / "edufineweb_val_000000.npy", np.zeros(9, np.uint16))
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        build(tmp_path / "out", wanted(source))
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_source_that_has_changed_is_refused(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    assert killed_at(12, tmp_path / "out", wanted(source))
+    write_parquet(source / "a.parquet", DOCUMENTS[1:])
+    with pytest.raises(UserError, match="not those of the start"):
+        build(tmp_path / "out", wanted(source))
+
+
+def test_two_at_once_in_one_folder_is_refused(tmp_path):
+    from filelock import FileLock
+
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    (tmp_path / "out" / "downloads").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "out" / "downloads" / ".lock"),
+        pytest.raises(UserError, match=r"another fineweb\.py is at work"),
+    ):
+        build(tmp_path / "out", wanted(source))
+    assert build(tmp_path / "out", wanted(source)).complete
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+@pytest.fixture
+def made(tmp_path) -> Path:
+    build(tmp_path / "out", wanted(write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)))
+    return tmp_path / "out"
+
+
+def test_verify_finds_each_kind_of_damage(made):
+    manifest, shard = made / "manifest.json", made / "text_train_000002.npy"
+    verify(made)
+    for path, change, message in [
+        (shard, lambda b: b[:-2] + bytes([b[-2] ^ 1, b[-1]]), "train_000002.npy is not what"),
+        (shard, lambda b: b[:-2], "cannot read shard"),
+        (shard, None, "cannot read shard"),
+        (manifest, lambda b: b.replace(b'"documents": ', b'"documents": 1'), "documents or token_ids"),
+        (manifest, lambda b: b.replace(b'"token_ids": [', b'"token_ids": [0, '), "documents or token_ids"),
+        (manifest, lambda b: b.replace(b'"complete": true', b'"complete": false'), "not complete"),
+        (manifest, lambda b: b.replace(b'"tokens": 100', b'"tokens": 101', 1), "val_000000.npy is not what"),
+        (manifest, lambda b: b[:-20], "cannot read .*manifest.json"),
+        (manifest, None, "cannot read .*manifest.json"),
+    ]:
+        good = path.read_bytes()
+        path.unlink() if change is None else path.write_bytes(change(good))
+        assert change is None or path.read_bytes() != good
+        with pytest.raises(UserError, match=message):
+            verify(made)
+        path.write_bytes(good)
+    (made / "more_train_000009.npy").write_bytes(shard.read_bytes())
+    with pytest.raises(UserError, match="more_train_000009.npy is not in"):
+        verify(made)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": [{"name": "../../x_train_1.npy", "tokens": 5, "sha256": ""}]},
+        {"shards": [{"name": "/x_train_1.npy", "tokens": 5, "sha256": ""}]},
+        {"shards": [5]},
+        {"shards": {}},
+        {"shards": [{"name": "x_train_1.npy", "tokens": "5", "sha256": ""}]},
+        {"files": {"../../etc/passwd.txt": 5}},
+        {"files": {"/etc/passwd.txt": 5}},
+        {"files": {"a.txt": "5"}},
+        {"next": [0, 0]},
+        {"next": [0, 0.5, 0]},
+        {"next": [9, 0, 0]},
+        {"next": [-1, 0, 0]},
+        {"token_ids": 5},
+        {"documents": "5"},
+        {"unknown": 1},
+    ],
+)
+def test_a_manifest_with_nonsense_in_it_is_refused(made, change):
+    path = made / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
+        Manifest.load(made)
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"PAR1 and no more", "cannot read .*a.parquet"),
+        ("a.parquet", {"words": ["x"]}, "no column named text, only words"),
+        ("a.parquet", {"text": [1, 2]}, "row 0: text is int, not a string"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', "row 1: "),
+        ("a.jsonl", b'{"text": "x"}\n{"words": "y"}\n', "row 1: .*text"),
+        ("a.jsonl", b'"text"\n', "cannot read .*a.jsonl"),
+        ("a.jsonl", b'{"text": 5}\n', "text is int, not a string"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "cannot read .*a.jsonl"),
+        ("a.jsonl.gz", b"not gzip", "cannot read .*a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], "cannot read .*a.jsonl.gz"),
+        ("a.txt", b"\xff\xfe", "cannot read .*a.txt"),
+        ("a.txt", b"", None),
+        ("a.html", b"<html>", r"no \.parquet, \.jsonl, \.jsonl\.gz, \.txt files"),
+        ("a.jsonl", b'{"text": null}\n', "has no text"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_with_the_row(tmp_path, name, content, message):
+    path = tmp_path / "text" / name
+    path.parent.mkdir()
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message or "has no text") as caught:
+        build(tmp_path / "out", wanted(path.parent))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, capsys):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    build(tmp_path / "unbroken", wanted(source))
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ["text_train_000003.npy.tmp", "manifest.json.tmp"]:
+        (out / name).symlink_to("/dev/full")  # writing to it fails as on a full disk
+        argv = ["--dataset", str(source), "--out_dir", str(out), "--shard_tokens", "100", "--workers", "1"]
+        assert fineweb.exit_status(lambda argv=argv: fineweb.main(argv), "fineweb.py") == 1
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1] == (
+            f"fineweb.py: {out / name.removesuffix('.tmp')}: No space left on device; "
+            "complete shards are kept, and the same command again goes on after them"
+        )
+        assert not (out / name).exists()
+    assert len(list(out.glob("*.npy"))) >= 3
+    assert Manifest.load(out).tokens >= 300
+    fineweb.main(argv)
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    (tmp_path / "file").write_text("")
+    for out in [tmp_path / "file", tmp_path / "file" / "out"]:
+        with pytest.raises(UserError, match=r"file/?.*(Not a directory|exists); complete shards are kept"):
+            build(out, wanted(source))
+
+
+# ---------------------------------------------------------------- the demo corpus
+
+
 def test_the_demo_corpus_takes_no_folder_that_is_something_else(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="holds no shards"):
@@ -74,10 +508,11 @@ def test_the_demo_corpus_takes_no_folder_that_is_something_else(tmp_path):
 def test_the_demo_corpus_is_prose_of_the_expected_size_and_always_the_same(tmp_path):
     for name in ("a", "b"):
         fineweb.write_demo(tmp_path / name)
-    paths, again = (sorted((tmp_path / name).iterdir(), key=lambda p: p.name[-10:]) for name in ("a", "b"))
-    assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
-    assert 200_000 < sum(len(np.load(p)) for p in paths) < 600_000
-    assert "_val_" in paths[0].name
-    assert len(paths) > 2
-    text = tokenizer().decode(np.load(paths[1]).tolist())
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    parts = shards(tmp_path / "a")
+    assert (tmp_path / "a" / "demo_val_000000.npy").exists()
+    assert [len(part) for part in parts[:-1]] == [40_000] * (len(parts) - 1)
+    assert 200_000 < sum(map(len, parts)) < 600_000
+    assert verify(tmp_path / "a").tokens == sum(map(len, parts))
+    text = tokenizer().decode(parts[1].tolist())
     assert text.count(" the ") > 500
