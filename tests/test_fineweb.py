@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -257,23 +259,23 @@ def killed_at(event: int, folder: Path, settings: Manifest) -> bool:
     return status != 0
 
 
-def test_killed_at_any_file_operation_a_run_goes_on_to_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("shard_tokens", [150, 5000])  # shards in plenty; one that is cut in two
+def test_killed_at_any_file_operation_a_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, shard_tokens):
     source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS[:12])
     write_parquet(tmp_path / "text" / "b.parquet", DOCUMENTS[12:20])
-    settings = lambda: wanted(source, 150)  # noqa: E731
-    build(tmp_path / "unbroken", settings())
+    monkeypatch.setattr(fineweb, "BATCH_CHARACTERS", 10)  # many batches in a file
+    build(tmp_path / "unbroken", wanted(source, shard_tokens))
     unbroken, event = contents(tmp_path / "unbroken"), 0
-    assert len(unbroken) > 6
-    while killed_at(event, out := tmp_path / f"{event}", settings()):
+    while killed_at(event, out := tmp_path / f"{event}", wanted(source, shard_tokens)):
         if (out / "manifest.json").exists():
             kept, there = Manifest.load(out), set(out.glob("*.npy"))
             assert len(there) - len(kept.shards) in (0, 1)
         for again in (10, 15, 99):  # and again and again
-            killed_at(again, out, settings())
+            killed_at(again, out, wanted(source, shard_tokens))
         assert contents(out) == unbroken
         verify(out)
         event += 1
-    assert event > 40
+    assert event > len(unbroken) * 4
 
 
 def alive(pid: int) -> bool:
@@ -307,6 +309,20 @@ def test_what_is_killed_from_outside_goes_on_to_the_same_bytes_and_leaves_no_pro
     assert kills > 2
     assert run_script([*argv, out]).returncode == 0
     assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_ctrl_c_is_one_line_from_all_processes(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", [fuzz(i, 100_000) for i in range(100)])
+    argv = ["fineweb.py", "--dataset", source, "--workers", 2, "--shard_tokens", 50_000, "--out_dir", tmp_path / "out"]
+    run = start_script(argv, start_new_session=True)
+    while not list((tmp_path / "out").glob("*.npy")):
+        assert run.poll() is None
+        time.sleep(0.005)
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("fineweb.py: interrupted; complete shards are kept")
 
 
 def test_only_the_work_since_the_last_shard_is_done_again(tmp_path):
@@ -485,6 +501,21 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, capsys):
     assert Manifest.load(out).tokens >= 300
     fineweb.main(argv)
     assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_a_shard_that_is_written_in_part_is_named(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", ["word " * 1000] * 300)
+    out = tmp_path / "out"
+    argv = ["fineweb.py", "--dataset", source, "--out_dir", out, "--workers", 1, "--shard_tokens", 100_000]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (150_000, 150_000))  # a shard has 200,128 bytes
+    result = run_script(argv, preexec_fn=limit)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        f"fineweb.py: {out}/text_val_000000.npy: File too large; complete shards are kept"
+    )
+    assert not list(out.glob("*.npy*"))
+    assert run_script(argv).returncode == 0
+    assert verify(out).tokens > 300_000
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
