@@ -95,24 +95,20 @@ def exit_status(main: Callable[[], None], program: str) -> int:
     except UserError as error:
         message, status = str(error), error.status
     except OSError as error:
-        message, status = describe(error), 1
+        message, status = one_line(error), 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     print(f"{program}: {message}", file=sys.stderr, flush=True)
     return status
 
 
-def describe(error: OSError) -> str:
-    """The file an OSError is about and what the system says, in one line."""
-    text = error.strerror or str(error)
-    line = f"{error.filename}: {text}" if error.filename else text
-    return " ".join(line.split())
-
-
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    """What an error says, in one line of at most 300 characters; of one from the system, the file and the cause."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 @contextmanager
@@ -162,8 +158,8 @@ def prefetch(function: Callable, arguments: Iterable, ahead: int = 3, submit: Ca
 
 # ---------------------------------------------------------------- tokens
 
-# GPT-2's pattern as tiktoken has it, with one pair of parentheses more: what stands in them needs no backtracking, and
-# in one group the regular-expression engine hands it to its fast path, which makes encoding 1.6 times as fast.
+# GPT-2's pattern, with one pair of parentheses more than tiktoken's. What they hold needs no backtracking; as one group
+# it goes to the fast path of the regular expressions, and encoding is 1.4 times as fast (benchmarks/tokenize.py).
 PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s means there
 LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")  # no token reaches across this place
@@ -333,26 +329,36 @@ def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, next: list
     manifest.save(folder)
 
 
+def show_progress(encoded: Iterable[tuple], manifest: Manifest) -> Iterator[tuple]:
+    """Hand on places and tokens, and show how far they are: in a bar on a terminal, elsewhere in a line a shard."""
+    from tqdm import tqdm
+
+    lines = not sys.stderr.isatty()
+    style = {"file": io.StringIO(), "mininterval": 1e9} if lines else {"dynamic_ncols": True}
+    with tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=not manifest.files, **style) as bar:
+        bar.set_description_str("waiting for text")
+        for place, part, tokens in encoded:
+            yield place, tokens
+            before, now = bar.n, bar.n + len(tokens)
+            bar.total = min(manifest.max_tokens or sys.maxsize, round(now / max(part, 1e-9)))
+            bar.set_description_str(manifest.shard_name(now // manifest.shard_tokens), refresh=False)
+            bar.update(len(tokens))
+            if lines and before // manifest.shard_tokens < bar.n // manifest.shard_tokens:
+                print(bar, file=sys.stderr, flush=True)
+
+
 def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1) -> None:
     """Tokenize batches, from the row that manifest.next names on, into shards, until their end or max_tokens.
 
     A shard is written while the next one fills up. Tokens that don't fill more than one are cut in two, a tenth for
     validation. Raises UserError if there are none, OSError if a shard can't be written.
     """
-    from tqdm import tqdm
-
-    lines = not sys.stderr.isatty()
-    style = {"file": io.StringIO(), "mininterval": 1e9} if lines else {"dynamic_ncols": True}
     skip, total, limit = manifest.next[2], manifest.tokens, manifest.max_tokens or sys.maxsize
     buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
-    with (
-        tqdm(initial=total, unit="tok", unit_scale=True, disable=not manifest.files, **style) as bar,
-        ThreadPoolExecutor(1) as writer,
-        closing(encode_batches(batches, workers)) as encoded,
-    ):
+    with ThreadPoolExecutor(1) as writer, closing(encode_batches(batches, workers)) as encoded:
         writing = writer.submit(str)
-        for (file, row), part, tokens in encoded:
-            at, before = min(skip, len(tokens)), total
+        for (file, row), tokens in show_progress(encoded, manifest):
+            at = min(skip, len(tokens))
             skip -= at
             tokens = tokens[: at + limit - total]
             while at < len(tokens):
@@ -363,11 +369,6 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
                 taken = min(len(tokens) - at, len(buffer) - filled)
                 buffer[filled : filled + taken] = tokens[at : at + taken]
                 at, filled, total = at + taken, filled + taken, total + taken
-            bar.total = min(limit, round(total / max(part, 1e-9)))
-            bar.set_description_str(manifest.shard_name(total // manifest.shard_tokens), refresh=False)
-            bar.update(total - before)
-            if lines and manifest.files and before // manifest.shard_tokens < total // manifest.shard_tokens:
-                print(bar, file=sys.stderr, flush=True)
             if total == limit:
                 break
     writing.result()
@@ -547,7 +548,7 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
     except BrokenProcessPool:
         raise UserError(f"a worker was killed, for want of memory perhaps (--workers {workers}); {AGAIN}") from None
     except OSError as error:
-        raise UserError(f"{describe(error)}; {AGAIN}") from None
+        raise UserError(f"{one_line(error)}; {AGAIN}") from None
     except KeyboardInterrupt:
         raise UserError(f"interrupted; {AGAIN}", status=130) from None
     return manifest
