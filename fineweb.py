@@ -6,8 +6,9 @@
     python fineweb.py --demo                    # demo_data/: prose that comes with Python, no network
 
 A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then PREFIX_train_000001.npy
-and so on. Documents follow each other, each one opened by <|endoftext|>, and run on from one shard into the next.
-manifest.json tells what they were made from and what is in them. The same command again goes on after the last shard.
+and so on. Documents follow each other, each one opened by <|endoftext|>, and run on from one shard into the next. In
+parquet and JSON lines a document is the field "text" of a row; a .txt file is one document. manifest.json tells what
+the shards were made from and what is in them. The same command again goes on after the last shard.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import dataclasses
 import difflib
 import gzip
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -98,7 +98,7 @@ def exit_status(main: Callable[[], None], program: str) -> int:
         message, status = one_line(error), 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -133,7 +133,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def background(function: Callable, *args) -> Future:
-    """Start function(*args) in a thread, for which the end of the program doesn't wait."""
+    """Start function(*args) in a daemon thread, so that the program can end before it does."""
     future = Future()
 
     def run():
@@ -165,7 +165,7 @@ SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # wh
 LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")  # no token reaches across this place
 BATCH_CHARACTERS = 1_000_000  # what a worker gets at once: some 30 ms of work
 
-Batch = tuple[list[int], float, list[str]]  # file and row of the first text, the part of the whole read, the texts
+Batch = tuple[list[int], float, list[str]]  # file and row of the first text, fraction of the dataset read, the texts
 
 
 @cache
@@ -196,30 +196,38 @@ def encode_document(text: str) -> np.ndarray:
 
 
 def encode_batch(batch: Batch) -> tuple[list[int], float, np.ndarray]:
-    """A batch with the tokens of its texts, (N,) uint16, in their stead."""
-    place, part, texts = batch
-    return place, part, np.concatenate([np.empty(0, np.uint16), *map(encode_document, texts)])
+    """A batch with its texts replaced by their tokens, (N,) uint16."""
+    place, fraction, texts = batch
+    return place, fraction, np.concatenate([encode_document(text) for text in texts])
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end with it, however it ends."""
+def follow_parent() -> None:
+    """End this worker when the parent process ends, however it does."""
 
-    def follow_parent():
+    def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
-    """encode_batch() of each batch, in order; by more than one worker in processes of their own."""
+    """encode_batch() of each batch, in order; with more than one worker in processes of their own."""
     if workers == 1:
         yield from map(encode_batch, batches)
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker) as pool:
-            yield from prefetch(encode_batch, batches, 2 * workers + 2, pool.submit)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=follow_parent) as pool:
+
+        def submit(*args):
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                return pool.submit(*args)  # which starts the workers; they inherit that Ctrl-C is not for them
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+        # Enough in advance to keep the workers busy while a shard is written.
+        yield from prefetch(encode_batch, batches, 2 * workers + 30, submit)
 
 
 # ---------------------------------------------------------------- shards and their manifest
@@ -243,8 +251,8 @@ def open_shard(path: Path) -> np.ndarray:
             if (size := path.stat().st_size) != 1024 + 2 * int(header[2]):
                 raise ValueError(f"its header promises {header[2]} tokens, its size is {size} bytes")
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError(f"{tokens.dtype} of shape {tokens.shape}, not a row of uint16")
+        if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError("it is not a row of uint16")
     except DAMAGE as error:
         raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
     return tokens
@@ -260,13 +268,19 @@ class Manifest:
     shard_tokens: int
     max_tokens: int | None
     tokenizer: str = RANKS_SHA256
+    prefix: str = ""  # of the shards' names
     commit: str | None = None  # what the Hub resolved the revision to; None for a folder
     files: dict = field(default_factory=dict)  # of the dataset, in the order they are read, with their bytes
     complete: bool = False
-    next: list = field(default_factory=lambda: [0, 0, 0])  # where the next shard begins: file, row, tokens from there
+    # Where the next shard begins: [file, row, skip] is `skip` tokens after the first token of that row of that file.
+    resume_at: list = field(default_factory=lambda: [0, 0, 0])
     documents: int = 0
     shards: list = field(default_factory=list)  # {"name", "tokens", "sha256"} of each
     token_ids: list = field(default_factory=list)  # those that occur
+
+    def __post_init__(self):
+        name = re.sub(r"[^a-zA-Z0-9.]+", "-", Path(self.dataset).resolve().name).strip("-.") or "text"
+        self.prefix = self.prefix or ("edufineweb" if self.dataset == FINEWEB_EDU else name)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -274,14 +288,23 @@ class Manifest:
         path = folder / "manifest.json"
         try:
             manifest = cls(**json.loads(path.read_bytes()))
+            numbers = [*manifest.resume_at, *manifest.token_ids, *manifest.files.values()]
+            numbers += [shard["tokens"] for shard in manifest.shards]
             fits = all(isinstance(getattr(manifest, f.name), f.type) for f in dataclasses.fields(cls))
-            fits &= all(SHARD.fullmatch(shard["name"]) and shard["tokens"] > 0 for shard in manifest.shards)
-            fits &= not any(name.startswith("/") or ".." in name or size < 0 for name, size in manifest.files.items())
-            fits &= len(manifest.next) == 3 and all(isinstance(n, int) and n >= 0 for n in manifest.next)
-            if not fits or manifest.next[0] > len(manifest.files):
-                raise ValueError("a field holds what it can't")
+            fits &= all(type(number) is int and number >= 0 for number in numbers)
+            fits &= all(SHARD.fullmatch(shard["name"]) for shard in manifest.shards)
+            fits &= not any(name.startswith("/") or ".." in Path(name).parts for name in manifest.files)
+            fits &= len(manifest.resume_at) == 3 and manifest.resume_at[0] <= len(manifest.files)
+            if (
+                not fits
+                or max(manifest.token_ids, default=0) >= N_VOCAB
+                or not re.fullmatch("[\\w.-]+", manifest.prefix)
+            ):
+                raise ValueError("an entry has a value that it cannot have")
         except DAMAGE as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}: restore it, or make the shards anew") from None
+            raise UserError(
+                f"cannot read {path}: {one_line(error)}: restore it, or delete {folder} and start again"
+            ) from None
         return manifest
 
     def save(self, folder: Path) -> None:
@@ -290,21 +313,21 @@ class Manifest:
         with whole_file(folder / "manifest.json") as file:
             file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
-    def add(self, path: Path, next: list[int], complete: bool) -> None:
-        """Enter a shard as it is on the disk, and where the one after it begins; UserError if it is no GPT-2 shard."""
+    def add(self, path: Path, resume_at: list[int], complete: bool) -> None:
+        """Enter a shard as it is on the disk, and where the next one begins; UserError if it is not one of GPT-2."""
         tokens, seen = open_shard(path), np.zeros(2**16, dtype=bool)
-        seen[np.array(self.token_ids, dtype=np.uint16)] = True
+        seen[self.token_ids] = True
         for start in range(0, len(tokens), 2**20):
             chunk = tokens[start : start + 2**20]
             seen[chunk] = True
             self.documents += int(np.count_nonzero(chunk == END_OF_TEXT))
         self.token_ids = np.flatnonzero(seen).tolist()
         if seen[N_VOCAB:].any():
-            raise UserError(f"{path} holds token {self.token_ids[-1]}, which GPT-2 has not: replace the file")
+            raise UserError(f"{path} holds token {self.token_ids[-1]}, which GPT-2 does not have: replace the file")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.shards.append({"name": path.name, "tokens": len(tokens), "sha256": digest})
-        self.next, self.complete = next, complete
+        self.resume_at, self.complete = resume_at, complete
 
     @property
     def tokens(self) -> int:
@@ -313,111 +336,108 @@ class Manifest:
 
     def shard_name(self, number: int) -> str:
         """What a shard made here is called, counted from 0."""
-        name = re.sub(r"[^a-zA-Z0-9.]+", "-", Path(self.dataset).resolve().name).strip("-.") or "text"
-        prefix = "edufineweb" if self.dataset == FINEWEB_EDU else name
-        return f"{prefix}_{'train' if number else 'val'}_{number:06d}.npy"
+        return f"{self.prefix}_{'train' if number else 'val'}_{number:06d}.npy"
 
 
-def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, next: list[int], complete: bool = False) -> None:
-    """Write the next shard, then the manifest; a run that is cut off between the two writes the same shard again."""
+def enter_shard(path: Path, folder: Path, manifest: Manifest, resume_at: list, complete: bool) -> None:
+    """Enter a shard in the manifest, and move it beside that; where no terminal shows a bar, say so in a line."""
+    manifest.add(path, resume_at, complete)
+    path.replace(folder / path.name)
+    manifest.save(folder)
+    if manifest.files and not sys.stderr.isatty():
+        print(f"{path.name}: {manifest.tokens:,} tokens so far", file=sys.stderr, flush=True)
+
+
+def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, resume_at: list, complete: bool = False) -> None:
+    """Write the next shard, then the manifest; a run that is killed between the two writes the same shard again."""
     path = folder / manifest.shard_name(len(manifest.shards))
     with whole_file(path) as file:
         # The same bytes as np.save(), which would hide that the disk is full.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
         file.write(tokens.data)
-    manifest.add(path, next, complete)
-    manifest.save(folder)
+    enter_shard(path, folder, manifest, resume_at, complete)
 
 
 def show_progress(encoded: Iterable[tuple], manifest: Manifest) -> Iterator[tuple]:
-    """Hand on places and tokens, and show how far they are: in a bar on a terminal, elsewhere in a line a shard."""
+    """Hand on places and tokens; on a terminal, show in a bar how far they are."""
     from tqdm import tqdm
 
-    lines = not sys.stderr.isatty()
-    style = {"file": io.StringIO(), "mininterval": 1e9} if lines else {"dynamic_ncols": True}
-    with tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=not manifest.files, **style) as bar:
+    quiet = None if manifest.files else True  # None is tqdm's way to say: unless it is a terminal
+    with tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
         bar.set_description_str("waiting for text")
-        for place, part, tokens in encoded:
+        for place, fraction, tokens in encoded:
             yield place, tokens
-            before, now = bar.n, bar.n + len(tokens)
-            bar.total = min(manifest.max_tokens or sys.maxsize, round(now / max(part, 1e-9)))
+            now = bar.n + len(tokens)
+            bar.total = min(manifest.max_tokens or sys.maxsize, round(now / max(fraction, 1e-9)))
             bar.set_description_str(manifest.shard_name(now // manifest.shard_tokens), refresh=False)
             bar.update(len(tokens))
-            if lines and before // manifest.shard_tokens < bar.n // manifest.shard_tokens:
-                print(bar, file=sys.stderr, flush=True)
 
 
 def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1) -> None:
-    """Tokenize batches, from the row that manifest.next names on, into shards, until their end or max_tokens.
+    """Tokenize batches, which begin with the row of manifest.resume_at, into shards, until their end or max_tokens.
 
-    A shard is written while the next one fills up. Tokens that don't fill more than one are cut in two, a tenth for
-    validation. Raises UserError if there are none, OSError if a shard can't be written.
+    Tokens that don't fill more than one shard are cut in two, a tenth for validation. Raises UserError if there are
+    none, OSError if a shard can't be written.
     """
-    skip, total, limit = manifest.next[2], manifest.tokens, manifest.max_tokens or sys.maxsize
     buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
-    with ThreadPoolExecutor(1) as writer, closing(encode_batches(batches, workers)) as encoded:
-        writing = writer.submit(str)
+    to_skip, to_take = manifest.resume_at[2], (manifest.max_tokens or sys.maxsize) - manifest.tokens
+    with closing(encode_batches(batches, workers)) as encoded:
         for (file, row), tokens in show_progress(encoded, manifest):
-            at = min(skip, len(tokens))
-            skip -= at
-            tokens = tokens[: at + limit - total]
-            while at < len(tokens):
+            at = min(to_skip, len(tokens))  # how much of `tokens` is done with
+            to_skip -= at
+            while at < len(tokens) and to_take:
                 if filled == len(buffer):
-                    writing.result()
-                    writing = writer.submit(write_shard, buffer, folder, manifest, [file, row, at])
-                    buffer, filled = np.empty_like(buffer), 0
-                taken = min(len(tokens) - at, len(buffer) - filled)
+                    write_shard(buffer, folder, manifest, [file, row, at])
+                    filled = 0
+                taken = min(len(tokens) - at, len(buffer) - filled, to_take)
                 buffer[filled : filled + taken] = tokens[at : at + taken]
-                at, filled, total = at + taken, filled + taken, total + taken
-            if total == limit:
+                at, filled, to_take = at + taken, filled + taken, to_take - taken
+            if not to_take:
                 break
-    writing.result()
     begin = 0 if manifest.shards else max(1, filled // 10)
     if begin >= filled:
-        raise UserError(f"{manifest.dataset} has no text, or less than it had")
+        raise UserError(f"{manifest.dataset} has too little text, or less than it had")
     if begin:
-        write_shard(buffer[:begin], folder, manifest, [0, 0, begin])
-    write_shard(buffer[begin:filled], folder, manifest, manifest.next, complete=True)
+        write_shard(buffer[:begin], folder, manifest, [0, 0, begin])  # so many tokens from the start of the dataset
+    write_shard(buffer[begin:filled], folder, manifest, manifest.resume_at, complete=True)
 
 
 # ---------------------------------------------------------------- sources: a folder, or a dataset on the Hub
 
 
-def read_rows(path: Path, first: int) -> Iterator[tuple[dict, float]]:
-    """The rows of a .parquet, .jsonl, .jsonl.gz or .txt file from row `first` on, and what part of it is then read."""
+def read_rows(path: Path) -> Iterator[tuple[dict, float]]:
+    """The rows of a .parquet, .jsonl, .jsonl.gz or .txt file, each with the fraction of the file read so far."""
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
-        with ParquetFile(path, pre_buffer=False) as file:
+        with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             if "text" not in file.schema_arrow.names:
                 raise ValueError(f"no column named text, only {', '.join(file.schema_arrow.names)}")
-            ends = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-            group = int(np.searchsorted(ends, first, side="right")) - 1
-            batches = file.iter_batches(1024, row_groups=range(group, file.num_row_groups), columns=["text"])
-            records = (record for batch in batches for record in batch.to_pylist())
-            for row, record in enumerate(islice(records, first - int(ends[group]), None), first + 1):
-                yield record, row / int(ends[-1])
+            batches = file.iter_batches(64, columns=["text"])
+            for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+                yield record, row / file.metadata.num_rows
     elif path.suffix == ".txt":
-        yield from islice([({"text": path.read_bytes().decode()}, 1.0)], first, None)
+        yield {"text": path.read_bytes().decode()}, 1.0
     else:
         size = path.stat().st_size
         with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
-            for line in islice(lines, first, None):
+            for line in lines:
                 yield json.loads(line) if line.strip() else {"text": None}, file.tell() / size
 
 
 def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
-    """The texts of files, from the row that manifest.next names on, by about a million characters.
+    """The texts of files, from the row of manifest.resume_at on, by about a million characters.
 
     A null is no document. Raises UserError, with the file and the row, for what can't be read.
     """
-    number, first, _ = manifest.next
+    begin, first, _ = manifest.resume_at
     sizes = [*manifest.files.values()]
-    for path in paths:
-        before, size, total = sum(sizes[:number]), sizes[number], sum(sizes) or 1
-        row, texts, characters = first, [], 0
+    total, before = sum(sizes) + 1, sum(sizes[:begin]) + 1  # never 0
+    place, texts, characters = [begin, first], [], 0
+    for number, path in enumerate(paths, begin):
+        row = first
         try:
-            for record, part in read_rows(path, first):
+            for record, fraction in islice(read_rows(path), first, None):
                 if not isinstance(text := record["text"], str | None):
                     raise ValueError(f"text is {type(text).__name__}, not a string")
                 if text is not None:
@@ -425,21 +445,28 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
                     characters += len(text) + 1
                 row += 1
                 if characters >= BATCH_CHARACTERS:
-                    yield [number, first], (before + part * size) / total, texts
-                    first, texts, characters = row, [], 0
+                    yield place, (before + fraction * sizes[number]) / total, texts
+                    place, texts, characters = [number, row], [], 0
         except DAMAGE as error:
-            mend = "mend it, or remove it if it was downloaded, and run the same command again"
+            mend = "delete it if it was downloaded, and run the same command again; else mend it and start again"
             raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {mend}") from None
-        yield [number, first], (before + size) / total, texts
-        number, first = number + 1, 0
+        before, first = before + sizes[number], 0
+        if texts and (manifest.commit or number == len(sizes) - 1):  # don't keep texts waiting for a download
+            yield place, before / total, texts
+            place, texts, characters = [number + 1, 0], [], 0
 
 
 def ask_hub(function: Callable, *args, **kwargs):
-    """function(...) of huggingface_hub, three times if need be, which retries much by itself; else UserError."""
+    """function(...) of huggingface_hub, three times if need be, which retries much by itself.
+
+    Raises UserError if that fails, but what the system says of a disk as it is.
+    """
     for left in (2, 1, 0):
         try:
             return function(*args, **kwargs)
-        except Exception as error:  # of a dozen kinds
+        except Exception as error:  # the client's, the network library's and hf_xet's own
+            if isinstance(error, OSError) and error.errno:
+                raise
             if not left:
                 mend = f"check the network, --dataset, --subset and --revision; {AGAIN}"
                 raise UserError(f"the Hub: {one_line(error)}: {mend}") from None
@@ -452,6 +479,8 @@ def find_source(manifest: Manifest) -> None:
     if Path(manifest.dataset).is_dir():
         suffixes = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
         files = {path.name: path.stat().st_size for path in place.glob("[!.]*") if path.is_file()}
+    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
+        raise UserError(f"there is no folder {manifest.dataset} (on the Hub, a dataset would be OWNER/NAME)")
     else:
         from huggingface_hub import HfApi
 
@@ -466,6 +495,8 @@ def find_source(manifest: Manifest) -> None:
             if tokens < (manifest.max_tokens or sys.maxsize) or "_train_" not in names[-1]:
                 names.append(name)
                 tokens += files[name] // 2 - 512
+        if len({Path(name).name for name in names}) < len(names):
+            raise UserError(f"several shards in {place} have the same name: choose a folder of it with --subset")
     names = names or sorted(name for name in files if name.endswith(suffixes))
     if not names:
         raise UserError(f"no {', '.join(suffixes)} files in {place}: check --dataset and --subset")
@@ -473,9 +504,12 @@ def find_source(manifest: Manifest) -> None:
 
 
 def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Path]:
-    """The files from manifest.next on; each is downloaded while the one before is in use, and removed after use."""
+    """The files of the dataset from manifest.resume_at on.
+
+    From the Hub, each is downloaded while the one before it is in use, and deleted after use unless it is to be kept.
+    """
     names = [*manifest.files]
-    done, left = names[: manifest.next[0]], names[manifest.next[0] :]
+    done, left = names[: manifest.resume_at[0]], names[manifest.resume_at[0] :]
     if manifest.commit is None:
         yield from (Path(manifest.dataset, manifest.subset, name) for name in left)
         return
@@ -483,6 +517,7 @@ def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Pat
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error soon enough
     for path in [*downloads.rglob("*.incomplete"), *(downloads / name for name in done)]:  # a killed run left them
         path.unlink(missing_ok=True)
     folder = None if keep else downloads  # None is the Hub's own cache
@@ -490,22 +525,38 @@ def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Pat
     for path in map(Path, prefetch(partial(ask_hub, download, manifest.dataset), left, ahead=1)):
         yield path
         if not keep:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def take_shards(paths: Iterable[Path], folder: Path, manifest: Manifest) -> None:
-    """Check ready-made shards and put them in the folder."""
+    """Check ready-made shards and move them into the folder."""
     from tqdm import tqdm
 
-    begin, end = manifest.next[0], len(manifest.files)
+    begin, end = manifest.resume_at[0], len(manifest.files)
     for number, path in enumerate(tqdm(paths, initial=begin, total=end, unit="shard", disable=None), begin + 1):
-        manifest.add(path, [number, 0, 0], number == end)
-        with whole_file(folder / path.name) as target, open(path, "rb") as source:
-            shutil.copyfileobj(source, target)
-        manifest.save(folder)
+        enter_shard(path, folder, manifest, [number, 0, 0], number == end)
 
 
 # ---------------------------------------------------------------- the whole job
+
+
+def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
+    """The manifest of the shards in a folder, None if there are none yet; touches nothing.
+
+    Raises UserError if they were made with other settings, or are not all there.
+    """
+    if not (folder / "manifest.json").exists():
+        if any(SHARD.fullmatch(path.name) for path in folder.glob("*")):
+            raise UserError(f"{folder} holds shards, but no manifest.json to go on from: give another --out_dir")
+        return None
+    manifest = Manifest.load(folder)
+    for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "tokenizer"):
+        if (was := getattr(manifest, name)) != (now := getattr(wanted, name)):
+            raise UserError(f"{folder} has shards with {name} {was}, not {now}: give another --out_dir")
+    for shard in manifest.shards:
+        if len(open_shard(folder / shard["name"])) != shard["tokens"]:
+            raise UserError(f"{folder / shard['name']} is not what manifest.json says: delete {folder} and start again")
+    return manifest if manifest.shards else None
 
 
 def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
@@ -515,41 +566,38 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
     """
     from filelock import FileLock, Timeout
 
-    manifest, downloads = None, folder / "downloads"
-    if (folder / "manifest.json").exists():
-        manifest = Manifest.load(folder)
-        for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "tokenizer"):
-            if (was := getattr(manifest, name)) != (now := getattr(wanted, name)):
-                raise UserError(f"{folder} has shards with {name} {was}, not {now}: give another --out_dir")
-        if manifest.complete:
-            shutil.rmtree(downloads, ignore_errors=True)  # which a run killed at its very end leaves
-            return manifest
-    elif any(SHARD.fullmatch(path.name) for path in folder.glob("*")):
-        raise UserError(f"{folder} holds shards, but no manifest.json to go on from: give another --out_dir")
+    downloads, lock = folder / ".fineweb_downloads", folder / ".fineweb_lock"
     try:
-        if not manifest or not manifest.commit:
+        manifest = find_manifest(folder, wanted)
+        if manifest and manifest.complete and not lock.exists():
+            return manifest
+        if not manifest or not (manifest.commit or manifest.complete):
             find_source(wanted)
-        manifest = manifest or wanted
-        if wanted.files and wanted.files != manifest.files:
-            raise UserError(f"the files in {wanted.dataset} are not those of the start: give another --out_dir")
-        downloads.mkdir(parents=True, exist_ok=True)
-        with FileLock(downloads / ".lock", blocking=False):
-            manifest.save(folder)
-            size, at = sum(manifest.files.values()) / 1e9, f" at {manifest.commit}" if manifest.commit else ""
-            print(f"{manifest.dataset}{at}: {len(manifest.files)} files, {size:.2f} GB", file=sys.stderr)
-            paths = fetch_files(manifest, downloads, keep_downloads)
-            if next(iter(manifest.files)).endswith(".bin"):
-                take_shards(paths, folder, manifest)
-            else:
-                write_shards(read_batches(paths, manifest), folder, manifest, workers)
-        shutil.rmtree(downloads, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, blocking=False):
+            manifest = find_manifest(folder, wanted) or wanted  # another process may just have made it
+            if wanted.files and wanted.files != manifest.files:
+                raise UserError(f"the files in {wanted.dataset} are not those of the start: give another --out_dir")
+            if not manifest.complete:
+                size, at = sum(manifest.files.values()) / 1e9, f" at {manifest.commit}" if manifest.commit else ""
+                print(f"{manifest.dataset}{at}: {len(manifest.files)} files, {size:.2f} GB", file=sys.stderr)
+                manifest.save(folder)
+                ready_made = any(name.endswith(".bin") for name in manifest.files)
+                paths = fetch_files(manifest, downloads, keep_downloads and not ready_made)
+                if ready_made:
+                    take_shards(paths, folder, manifest)
+                else:
+                    write_shards(read_batches(paths, manifest), folder, manifest, workers)
+            shutil.rmtree(downloads, ignore_errors=True)
+            lock.unlink()
     except Timeout:
-        raise UserError(f"another fineweb.py is at work in {folder}: let it end") from None
+        raise UserError(f"another fineweb.py is at work in {folder}: wait until it has finished") from None
     except BrokenProcessPool:
-        raise UserError(f"a worker was killed, for want of memory perhaps (--workers {workers}); {AGAIN}") from None
+        raise UserError(f"a worker was killed, perhaps for lack of memory (--workers {workers}); {AGAIN}") from None
     except OSError as error:
         raise UserError(f"{one_line(error)}; {AGAIN}") from None
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         raise UserError(f"interrupted; {AGAIN}", status=130) from None
     return manifest
 
@@ -558,17 +606,18 @@ def verify(folder: Path) -> Manifest:
     """The manifest of a folder; UserError unless it is complete, and the shards byte by byte what it says."""
     from tqdm import tqdm
 
-    manifest = Manifest.load(folder)
+    manifest, faults = Manifest.load(folder), []
     found = dataclasses.replace(manifest, documents=0, shards=[], token_ids=[])
     for shard in tqdm(manifest.shards, unit="shard", disable=None):
-        found.add(folder / shard["name"], manifest.next, manifest.complete)
+        found.add(folder / shard["name"], manifest.resume_at, manifest.complete)
         if found.shards[-1] != shard:
-            raise UserError(f"{folder / shard['name']} is not what manifest.json says: make the shards anew")
-    if found != manifest:
-        raise UserError(f"{folder / 'manifest.json'} does not fit the shards: documents or token_ids are others")
-    for path in folder.glob("*"):
-        if SHARD.fullmatch(path.name) and path.name not in {shard["name"] for shard in manifest.shards}:
-            raise UserError(f"{path} is not in manifest.json: move it away")
+            faults.append(f"{shard['name']} is another")
+    if not faults and found != manifest:
+        faults.append("documents or token_ids differ")
+    names = {shard["name"] for shard in manifest.shards}
+    faults += [f"{p.name} is not in it" for p in folder.glob("*") if SHARD.fullmatch(p.name) and p.name not in names]
+    if faults:
+        raise UserError(f"{folder / 'manifest.json'} is not about these shards: {', '.join(faults)}")
     if not manifest.complete:
         raise UserError(f"the shards in {folder} are right, but not complete: run the command that began them again")
     return manifest
@@ -631,7 +680,7 @@ def main(argv: list[str] | None = None) -> None:
     ]:
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
     for name, text in [
-        ("keep_downloads", "keep the downloaded files, in the Hub's own cache (default: two at a time)"),
+        ("keep_downloads", "keep the downloaded files, in the Hub's own cache (else two at a time are on the disk)"),
         ("demo", "write the demo corpus, which needs no network"),
         ("verify", "compare the shards in --out_dir with their manifest.json"),
     ]:
@@ -641,8 +690,13 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             parser.error(f"--{name} {value} must be from {least} to {most}")
-    if args.demo and (args.dataset != FINEWEB_EDU or args.max_tokens):
-        parser.error("--demo takes no --dataset and no --max_tokens")
+    for name in ("out_dir", "dataset"):
+        if getattr(args, name) == "":
+            parser.error(f"--{name} is empty")
+    if args.demo:
+        for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "keep_downloads"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--demo takes no --{name}")
     subset = args.subset if args.subset is not None else "sample/10BT" if args.dataset in SAMPLED else ""
     folder = Path(args.out_dir or (DEMO_DIR if args.demo else "edu_fineweb10B"))
     if args.verify:
@@ -652,11 +706,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"the demo corpus is in {folder}", file=sys.stderr)
         return
     else:
-        wanted = Manifest(args.dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens)
+        dataset = os.path.normpath(args.dataset) if os.path.isdir(args.dataset) else args.dataset
+        wanted = Manifest(dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens)
         manifest = build(folder, wanted, args.workers, args.keep_downloads)
     shards = f"{len(manifest.shards)} shards (a short last one is normal)"
     print(f"{folder}: {shards}, {manifest.tokens:,} tokens, {manifest.documents:,} documents", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(exit_status(main, "fineweb.py"))

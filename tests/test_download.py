@@ -334,7 +334,9 @@ def test_interrupted_while_it_downloads_it_ends_at_once(edu, tmp_path):
         (["--dataset", "nobody/nothing"], "the Hub: 404 .*check the network, --dataset, --subset and --revision"),
         (["--revision", "v9"], "the Hub: 404 .*--revision"),
         (["--subset", "sample/1BT"], "no .parquet files in HuggingFaceFW/fineweb-edu/sample/1BT: check"),
-        (["--dataset", "/no/such/folder"], "the Hub: Repo id must .*--dataset"),
+        (["--dataset", "/no/such/folder"], "there is no folder /no/such/folder"),
+        (["--dataset", "my_texts"], "there is no folder my_texts"),
+        (["--dataset", ""], "--dataset is empty"),
         (["--max_tokens", "1"], "--max_tokens 1 must be from 2"),
         (["--shard_tokens", "0"], "--shard_tokens 0 must be from 1"),
         (["--workers", "0"], "--workers 0 must be from 1"),
@@ -345,7 +347,9 @@ def test_interrupted_while_it_downloads_it_ends_at_once(edu, tmp_path):
 )
 def test_what_cannot_be_had_is_one_line(edu, tmp_path, argv, message):
     result = run(edu, tmp_path, *argv)
-    assert result.returncode == (2 if "must be from" in message or "argument" in message or "--demo" in message else 1)
+    assert result.returncode == (
+        2 if "must be from" in message or "argument" in message or "demo" in message or "empty" in message else 1
+    )
     assert re.match(f"fineweb.py: {message}", result.lines[-1]), result.stderr
     assert not (tmp_path / "edu_fineweb10B").exists()
 
@@ -359,7 +363,10 @@ def test_no_network_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (parquet(["x"] * 9)[:-100], "cannot read .*/edu_fineweb10B/downloads/sample/10BT/001_00000.parquet, row 0: "),
+        (
+            parquet(["x"] * 9)[:-100],
+            "cannot read .*/edu_fineweb10B/.fineweb_downloads/sample/10BT/001_00000.parquet, row 0: ",
+        ),
         (parquet(["x"], "words"), "cannot read .*001_00000.parquet, row 0: no column named text, only id, words"),
     ],
 )
@@ -370,9 +377,9 @@ def test_a_file_that_is_damaged_on_the_hub_is_named_and_can_be_fetched_anew(edu,
     result = run(edu, tmp_path)
     assert result.returncode == 1
     assert re.match(f"fineweb.py: {message}", result.lines[-1])
-    assert "remove it if it was downloaded" in result.lines[-1]
+    assert "delete it if it was downloaded" in result.lines[-1]
     edu.datasets["HuggingFaceFW/fineweb-edu"][name] = good
-    (tmp_path / "edu_fineweb10B" / "downloads" / name).unlink()
+    (tmp_path / "edu_fineweb10B" / ".fineweb_downloads" / name).unlink()
     assert run(edu, tmp_path).returncode == 0
     assert np.array_equal(tokens(tmp_path / "edu_fineweb10B"), STREAM)
 
@@ -423,7 +430,7 @@ def test_a_bad_ready_made_shard_is_refused_and_the_good_ones_stay(shards, tmp_pa
     folder = tmp_path / "edu_fineweb10B"
     assert sorted(path.name for path in folder.glob("*.bin")) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     files[name] = good
-    (folder / "downloads" / name).unlink()
+    (folder / ".fineweb_downloads" / name).unlink()
     if kind == "short":  # its size is in the manifest: it was the source that was wrong
         return
     assert run(shards, tmp_path, "--dataset", "owner/fineweb10B-gpt2").returncode == 0

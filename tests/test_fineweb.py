@@ -329,7 +329,7 @@ def test_only_the_work_since_the_last_shard_is_done_again(tmp_path):
     source = write_parquet(tmp_path / "text" / "a.parquet", ["a b"] * 30, rows=5)
     write_parquet(tmp_path / "text" / "b.parquet", ["c d"] * 30, rows=5)
     manifest = wanted(source, 20)
-    manifest.files, manifest.next = {"a.parquet": 1, "b.parquet": 1}, [1, 12, 1]
+    manifest.files, manifest.resume_at = {"a.parquet": 1, "b.parquet": 1}, [1, 12, 1]
     (place, _, texts), *more = fineweb.read_batches([source / "b.parquet"], manifest)
     assert place == [1, 12]
     assert texts == ["c d"] * 18
@@ -378,9 +378,9 @@ def test_two_at_once_in_one_folder_is_refused(tmp_path):
     from filelock import FileLock
 
     source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
-    (tmp_path / "out" / "downloads").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
     with (
-        FileLock(tmp_path / "out" / "downloads" / ".lock"),
+        FileLock(tmp_path / "out" / ".fineweb_lock"),
         pytest.raises(UserError, match=r"another fineweb\.py is at work"),
     ):
         build(tmp_path / "out", wanted(source))
@@ -400,13 +400,13 @@ def test_verify_finds_each_kind_of_damage(made):
     manifest, shard = made / "manifest.json", made / "text_train_000002.npy"
     verify(made)
     for path, change, message in [
-        (shard, lambda b: b[:-2] + bytes([b[-2] ^ 1, b[-1]]), "train_000002.npy is not what"),
+        (shard, lambda b: b[:-2] + bytes([b[-2] ^ 1, b[-1]]), "train_000002.npy is another"),
         (shard, lambda b: b[:-2], "cannot read shard"),
         (shard, None, "cannot read shard"),
         (manifest, lambda b: b.replace(b'"documents": ', b'"documents": 1'), "documents or token_ids"),
         (manifest, lambda b: b.replace(b'"token_ids": [', b'"token_ids": [0, '), "documents or token_ids"),
         (manifest, lambda b: b.replace(b'"complete": true', b'"complete": false'), "not complete"),
-        (manifest, lambda b: b.replace(b'"tokens": 100', b'"tokens": 101', 1), "val_000000.npy is not what"),
+        (manifest, lambda b: b.replace(b'"tokens": 100', b'"tokens": 101', 1), "val_000000.npy is another"),
         (manifest, lambda b: b[:-20], "cannot read .*manifest.json"),
         (manifest, None, "cannot read .*manifest.json"),
     ]:
@@ -432,11 +432,17 @@ def test_verify_finds_each_kind_of_damage(made):
         {"files": {"../../etc/passwd.txt": 5}},
         {"files": {"/etc/passwd.txt": 5}},
         {"files": {"a.txt": "5"}},
-        {"next": [0, 0]},
-        {"next": [0, 0.5, 0]},
-        {"next": [9, 0, 0]},
-        {"next": [-1, 0, 0]},
+        {"resume_at": [0, 0]},
+        {"resume_at": [0, 0.5, 0]},
+        {"resume_at": [9, 0, 0]},
+        {"resume_at": [-1, 0, 0]},
         {"token_ids": 5},
+        {"token_ids": [50257]},
+        {"token_ids": [-1]},
+        {"token_ids": ["x"]},
+        {"token_ids": [[1]]},
+        {"prefix": "../x"},
+        {"shards": [{"name": "x_train_1.npy", "tokens": 1.5, "sha256": ""}]},
         {"documents": "5"},
         {"unknown": 1},
     ],
@@ -467,7 +473,7 @@ def test_a_manifest_with_nonsense_in_it_is_refused(made, change):
         ("a.txt", b"\xff\xfe", "cannot read .*a.txt"),
         ("a.txt", b"", None),
         ("a.html", b"<html>", r"no \.parquet, \.jsonl, \.jsonl\.gz, \.txt files"),
-        ("a.jsonl", b'{"text": null}\n', "has no text"),
+        ("a.jsonl", b'{"text": null}\n', "too little text"),
     ],
 )
 def test_files_that_cannot_be_read_are_named_with_the_row(tmp_path, name, content, message):
@@ -477,7 +483,7 @@ def test_files_that_cannot_be_read_are_named_with_the_row(tmp_path, name, conten
         pq.write_table(pa.table(content), path)
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=message or "has no text") as caught:
+    with pytest.raises(UserError, match=message or "too little text") as caught:
         build(tmp_path / "out", wanted(path.parent))
     assert "\n" not in str(caught.value)
 
