@@ -2,12 +2,14 @@
 
 import json
 import re
+import resource
 import signal
 import socket
 import struct
 import threading
 import time
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -68,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/(\w+)/?(.*)", path):
             dataset, what, revision, folder = match.groups()
             files = self.server.datasets.get(dataset)
-            if files is None or revision not in ("main", COMMIT):
+            if files is None or revision not in (["main", COMMIT] if what == "revision" else [COMMIT]):
                 code = "RepoNotFound" if files is None else "RevisionNotFound"
                 self.answer(b"{}", 404, X_Error_Code=code, X_Error_Message="no such thing")
             elif what == "revision":
@@ -171,7 +173,7 @@ def test_the_sample_of_fineweb_edu_becomes_shards_named_as_its_users_have_them(e
         f"{len(STREAM):,} tokens, 31 documents"
     )
     assert "\r" not in result.stderr  # no bar where there is no terminal
-    assert len(result.lines) <= 2 + len(manifest.shards)
+    assert len(result.lines) == 2 + len(manifest.shards)
     assert not (tmp_path / "hf").exists() or not list((tmp_path / "hf").rglob("*.parquet"))
 
     edu.shutdown()  # it is complete: no network is needed to say so
@@ -341,7 +343,7 @@ def test_interrupted_while_it_downloads_it_ends_at_once(edu, tmp_path):
         (["--shard_tokens", "0"], "--shard_tokens 0 must be from 1"),
         (["--workers", "0"], "--workers 0 must be from 1"),
         (["--max_tokens", "1e9"], "argument --max_tokens: invalid int value: '1e9'"),
-        (["--demo", "--max_tokens", "5"], "--demo takes no"),
+        (["--demo", "--max_tokens", "5"], "--demo takes no --shard_tokens"),
         (["--verify"], "cannot read edu_fineweb10B/manifest.json"),
     ],
 )
@@ -351,12 +353,14 @@ def test_what_cannot_be_had_is_one_line(edu, tmp_path, argv, message):
         2 if "must be from" in message or "argument" in message or "demo" in message or "empty" in message else 1
     )
     assert re.match(f"fineweb.py: {message}", result.lines[-1]), result.stderr
+    assert len(result.lines) == 1
     assert not (tmp_path / "edu_fineweb10B").exists()
 
 
 def test_no_network_is_one_line(tmp_path):
     result = run("http://127.0.0.1:9", tmp_path)
     assert result.returncode == 1
+    assert len(result.lines) == 1
     assert re.match("fineweb.py: the Hub: .*refused.*: check the network, .* the same command again", result.lines[-1])
 
 
@@ -406,6 +410,7 @@ def test_ready_made_shards_are_taken_as_they_are(shards, tmp_path):
     assert all((folder / name).read_bytes() == files[name] for name in names)
     manifest = verify(folder)
     assert [shard["name"] for shard in manifest.shards] == names
+    assert [line.partition(":")[0] for line in result.lines[1:-1]] == names
     assert manifest.tokens == 1100
     assert manifest.complete
 
@@ -431,10 +436,24 @@ def test_a_bad_ready_made_shard_is_refused_and_the_good_ones_stay(shards, tmp_pa
     assert sorted(path.name for path in folder.glob("*.bin")) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     files[name] = good
     (folder / ".fineweb_downloads" / name).unlink()
-    if kind == "short":  # its size is in the manifest: it was the source that was wrong
-        return
     assert run(shards, tmp_path, "--dataset", "owner/fineweb10B-gpt2").returncode == 0
     assert verify(folder).tokens == 1100
+
+
+def test_ready_made_shards_of_the_same_name_are_refused(shards, tmp_path):
+    files = shards.datasets["owner/fineweb10B-gpt2"]
+    files["more/fineweb_train_000001.bin"] = files["fineweb_train_000001.bin"]
+    result = run(shards, tmp_path, "--dataset", "owner/fineweb10B-gpt2")
+    assert result.returncode == 1
+    assert "have the same name: choose a folder of it with --subset" in result.lines[-1]
+
+
+def test_a_disk_that_fills_up_during_a_download_is_not_taken_for_the_network(edu, tmp_path):
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    result = run(edu, tmp_path, preexec_fn=limit)
+    assert result.returncode == 1
+    assert re.match("fineweb.py: .*File too large; complete shards are kept", result.lines[-1])
+    assert run(edu, tmp_path).returncode == 0
 
 
 # ---------------------------------------------------------------- and then

@@ -1,12 +1,19 @@
 """From text to shards: tokens, shards, the manifest, a restart at any point."""
 
+import contextlib
+import fcntl
 import gzip
 import json
 import os
+import pty
 import random
+import re
 import resource
 import signal
+import struct
+import subprocess
 import sys
+import termios
 import time
 from functools import partial
 from pathlib import Path
@@ -278,6 +285,22 @@ def test_killed_at_any_file_operation_a_run_goes_on_to_the_same_bytes(tmp_path, 
     assert event > len(unbroken) * 4
 
 
+@pytest.mark.parametrize("tokens", [150, 1000])
+def test_a_run_goes_on_from_the_batch_in_which_its_last_shard_ended(tmp_path, monkeypatch, reference, tokens):
+    monkeypatch.setattr(fineweb, "BATCH_CHARACTERS", 10)
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    for event in range(99):
+        assert killed_at(event, tmp_path / f"{event}", wanted(source))
+        if (tmp_path / f"{event}" / "manifest.json").exists():
+            manifest = Manifest.load(tmp_path / f"{event}")
+            if manifest.tokens >= tokens:
+                break
+    _, row, skip = manifest.resume_at
+    batch = next(fineweb.read_batches([source / "a.parquet"], manifest))
+    assert manifest.tokens - skip == len(stream(reference, DOCUMENTS[:row]))
+    assert skip < len(stream(reference, batch[2]))
+
+
 def alive(pid: int) -> bool:
     """Whether a process is there, and more than an entry that nobody has collected."""
     try:
@@ -301,7 +324,7 @@ def test_what_is_killed_from_outside_goes_on_to_the_same_bytes_and_leaves_no_pro
         children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
         kills += run.poll() is None
         run.kill()
-        run.communicate()  # which ends once the last process that holds its pipes does
+        run.communicate(timeout=60)  # which ends once the last process that holds its pipes does
         deadline = time.monotonic() + 60
         while any(alive(pid) for pid in children):
             assert time.monotonic() < deadline, "a worker goes on without its parent"
@@ -323,6 +346,35 @@ def test_ctrl_c_is_one_line_from_all_processes(tmp_path):
     assert run.returncode == 130
     assert "Traceback" not in error
     assert error.splitlines()[-1].startswith("fineweb.py: interrupted; complete shards are kept")
+
+
+def test_sigterm_is_one_line_too(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", [fuzz(i, 100_000) for i in range(100)])
+    argv = ["fineweb.py", "--dataset", source, "--workers", 2, "--shard_tokens", 50_000, "--out_dir", tmp_path / "out"]
+    run = start_script(argv)
+    while not list((tmp_path / "out").glob("*.npy")):
+        assert run.poll() is None
+        time.sleep(0.005)
+    run.terminate()
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert error.splitlines()[-1].startswith("fineweb.py: interrupted; complete shards are kept")
+
+
+def test_a_worker_that_is_killed_is_one_line(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", [fuzz(i, 100_000) for i in range(100)])
+    argv = ["fineweb.py", "--dataset", source, "--workers", 2, "--shard_tokens", 50_000, "--out_dir", tmp_path / "out"]
+    run = start_script(argv)
+    while not list((tmp_path / "out").glob("*.npy")):
+        assert run.poll() is None
+        time.sleep(0.005)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "Traceback" not in error
+    assert "a worker was killed, perhaps for lack of memory (--workers 2); complete shards" in error.splitlines()[-1]
 
 
 def test_only_the_work_since_the_last_shard_is_done_again(tmp_path):
@@ -354,6 +406,41 @@ def test_other_settings_are_refused_and_touch_nothing(tmp_path):
             build(out, settings)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
     assert build(out, wanted(source)).complete  # done already
+
+
+def test_a_shard_that_is_gone_or_cut_is_missed_when_the_run_goes_on_and_when_it_is_complete(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    build(tmp_path / "complete", wanted(source))
+    assert killed_at(40, tmp_path / "begun", wanted(source))
+    for out in (tmp_path / "complete", tmp_path / "begun"):
+        assert len(Manifest.load(out).shards) > 2
+        shard = out / "text_train_000001.npy"
+        np.save(shard, np.load(shard)[:50])
+        with pytest.raises(UserError, match=r"train_000001\.npy is not what"):
+            build(out, wanted(source))
+        shard.unlink()
+        with pytest.raises(UserError, match=r"cannot read shard .*train_000001\.npy"):
+            build(out, wanted(source))
+
+
+def test_nothing_else_in_the_folder_is_touched(tmp_path):
+    write_parquet(tmp_path / "downloads" / "a.parquet", DOCUMENTS)
+    (tmp_path / "notes.txt").write_text("mine")
+    build(tmp_path, wanted(tmp_path / "downloads"))
+    assert (tmp_path / "downloads" / "a.parquet").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_source_that_is_mended_before_the_first_shard_is_taken(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    (source / "wait...txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot read"):
+        build(tmp_path / "out", wanted(source))
+    (source / "wait...txt").write_text("some text")
+    assert build(tmp_path / "out", wanted(source)).complete
+    verify(tmp_path / "out")
 
 
 def test_shards_of_another_make_are_not_overwritten(tmp_path):
@@ -472,20 +559,23 @@ def test_a_manifest_with_nonsense_in_it_is_refused(made, change):
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], "cannot read .*a.jsonl.gz"),
         ("a.txt", b"\xff\xfe", "cannot read .*a.txt"),
         ("a.txt", b"", None),
+        ("a\nb.txt", b"\xff", "cannot read"),
         ("a.html", b"<html>", r"no \.parquet, \.jsonl, \.jsonl\.gz, \.txt files"),
         ("a.jsonl", b'{"text": null}\n', "too little text"),
     ],
 )
-def test_files_that_cannot_be_read_are_named_with_the_row(tmp_path, name, content, message):
+def test_files_that_cannot_be_read_are_named_with_the_row(tmp_path, capsys, name, content, message):
     path = tmp_path / "text" / name
     path.parent.mkdir()
     if isinstance(content, dict):
         pq.write_table(pa.table(content), path)
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=message or "too little text") as caught:
+    with pytest.raises(UserError, match=message or "too little text"):
         build(tmp_path / "out", wanted(path.parent))
-    assert "\n" not in str(caught.value)
+    argv = ["--dataset", str(path.parent), "--out_dir", str(tmp_path / "out2"), "--workers", "1"]
+    assert fineweb.exit_status(partial(fineweb.main, argv), "fineweb.py") == 1
+    assert len(re.findall("^fineweb.py: .*$", capsys.readouterr().err, re.MULTILINE)) == 1
 
 
 def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, capsys):
@@ -530,6 +620,34 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for out in [tmp_path / "file", tmp_path / "file" / "out"]:
         with pytest.raises(UserError, match=r"file/?.*(Not a directory|exists); complete shards are kept"):
             build(out, wanted(source))
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_a_terminal_sees_one_bar_and_a_file_a_line_for_each_shard(tmp_path):
+    source = write_parquet(tmp_path / "text" / "a.parquet", [fuzz(i, 100_000) for i in range(50)])
+    argv = ["fineweb.py", "--dataset", source, "--workers", 1, "--shard_tokens", 500_000, "--out_dir"]
+    lines = run_script([*argv, tmp_path / "a"]).stderr.splitlines()
+    names = [shard["name"] for shard in Manifest.load(tmp_path / "a").shards]
+    assert len(names) > 3
+    assert [line.partition(":")[0] for line in lines[1:-1]] == names
+    assert lines[2].endswith(": 1,000,000 tokens so far")
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    run = subprocess.Popen([sys.executable, fineweb.__file__, *map(str, argv[1:]), tmp_path / "b"], stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # which ends the reading
+        while piece := os.read(terminal, 10_000):
+            shown += piece
+    assert run.wait(60) == 0
+    shown = shown.decode()
+    assert re.search(
+        r"text_train_00000\d\.npy: +\d+%\|.*[\d.]+M/[\d.]+M \[\d\d:\d\d<\d\d:\d\d, .*tok/s\]", shown
+    )  # with the time left
+    assert "so far" not in shown
+    assert shown.count("\n") <= 3
 
 
 # ---------------------------------------------------------------- the demo corpus
