@@ -272,7 +272,7 @@ class Manifest:
     commit: str | None = None  # what the Hub resolved the revision to; None for a folder
     files: dict = field(default_factory=dict)  # of the dataset, in the order they are read, with their bytes
     complete: bool = False
-    # Where the next shard begins: [file, row, skip] is `skip` tokens after the first token of that row of that file.
+    # Where the next shard begins: [file, row, skip] is `skip` tokens on from the start of that row of that file.
     resume_at: list = field(default_factory=lambda: [0, 0, 0])
     documents: int = 0
     shards: list = field(default_factory=list)  # {"name", "tokens", "sha256"} of each
@@ -290,21 +290,20 @@ class Manifest:
             manifest = cls(**json.loads(path.read_bytes()))
             numbers = [*manifest.resume_at, *manifest.token_ids, *manifest.files.values()]
             numbers += [shard["tokens"] for shard in manifest.shards]
-            fits = all(isinstance(getattr(manifest, f.name), f.type) for f in dataclasses.fields(cls))
-            fits &= all(type(number) is int and number >= 0 for number in numbers)
-            fits &= all(SHARD.fullmatch(shard["name"]) for shard in manifest.shards)
-            fits &= not any(name.startswith("/") or ".." in Path(name).parts for name in manifest.files)
-            fits &= len(manifest.resume_at) == 3 and manifest.resume_at[0] <= len(manifest.files)
-            if (
-                not fits
-                or max(manifest.token_ids, default=0) >= N_VOCAB
-                or not re.fullmatch("[\\w.-]+", manifest.prefix)
+            if not (
+                all(isinstance(getattr(manifest, f.name), f.type) for f in dataclasses.fields(cls))
+                and all(type(number) is int and number >= 0 for number in numbers)
+                and all(SHARD.fullmatch(shard["name"]) for shard in manifest.shards)
+                and not any(name.startswith("/") or ".." in Path(name).parts for name in manifest.files)
+                and len(manifest.resume_at) == 3
+                and manifest.resume_at[0] <= len(manifest.files)
+                and max(manifest.token_ids, default=0) < N_VOCAB
+                and re.fullmatch(r"[\w.-]+", manifest.prefix)
             ):
                 raise ValueError("an entry has a value that it cannot have")
-        except DAMAGE as error:
-            raise UserError(
-                f"cannot read {path}: {one_line(error)}: restore it, or delete {folder} and start again"
-            ) from None
+        except (*DAMAGE, AttributeError) as error:
+            mend = f"restore it, or delete {folder} and start again"
+            raise UserError(f"cannot read {path}: {one_line(error)}: {mend}") from None
         return manifest
 
     def save(self, folder: Path) -> None:

@@ -101,6 +101,9 @@ def damaged(tmp_path, kind):
         np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     elif kind == "int32":
         np.save(path, np.zeros(100, dtype=np.int32))
+    elif kind == "archive":
+        np.savez(path.with_suffix(""), np.zeros(100, dtype=np.uint16))
+        path.with_suffix(".npz").replace(path)
     elif kind == "2-D":
         np.save(path, np.zeros((10, 10), dtype=np.uint16))
     return path
@@ -109,7 +112,7 @@ def damaged(tmp_path, kind):
 @pytest.mark.parametrize(
     "kind",
     ["truncated", "empty", "bin truncated", "bin empty", "bin longer than its header says", "bin of another version",
-     "a page of HTML", "pickle", "int32", "2-D"],
+     "a page of HTML", "pickle", "archive", "int32", "2-D"],
 )  # fmt: skip
 def test_a_damaged_shard_is_named_in_one_line(tmp_path, kind):
     path = damaged(tmp_path, kind)
