@@ -30,13 +30,15 @@ ROUTE = re.compile(r"/datasets/(?P<dataset>[\w.-]+/[\w.-]+)/resolve/(?P<revision
 class Hub(ThreadingHTTPServer):
     """Serves datasets, {"owner/name": {"path": bytes}}, as the Hugging Face Hub does.
 
-    `fault` is called with each request to a file, and may answer it by itself, in which case it returns True.
+    `fault` is called with each request to a file, and may answer it by itself, in which case it returns True;
+    `before_listing` before the list of files is given.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.datasets: dict[str, dict[str, bytes]] = {}
         self.fault = lambda request, path: False
+        self.before_listing = lambda: None
         self.asked = Counter()
 
     @property
@@ -76,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             elif what == "revision":
                 self.answer(json.dumps({"id": dataset, "sha": COMMIT, "siblings": []}).encode())
             else:
+                self.server.before_listing()
                 found = [name for name in files if name.startswith(f"{folder}/" if folder else "")]
                 entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in found]
                 entries += [{"type": "directory", "path": "sample", "oid": "0"}]
@@ -267,6 +270,17 @@ def test_a_run_goes_on_at_the_commit_of_its_start_and_downloads_nothing_twice(ed
     assert not any("000_00000" in path for _, path in edu.asked)
     assert all(f"/resolve/{COMMIT}/" in path for _, path in edu.asked)
     assert list(Manifest.load(folder).files) == list(begun.files)
+
+
+def test_what_another_run_made_in_the_meantime_is_not_overwritten(edu, tmp_path):
+    folder, text = tmp_path / "edu_fineweb10B", tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("some other text")
+    edu.before_listing = lambda: fineweb.build(folder, Manifest(str(text), "", "main", 100, None))
+    result = run(edu, tmp_path)
+    assert result.returncode == 1
+    assert "has shards with dataset" in result.lines[-1]
+    assert verify(folder).dataset == str(text)
 
 
 def test_killed_while_it_downloads_a_run_goes_on_and_leaves_nothing_behind(edu, tmp_path):

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import run_script, start_script
+from conftest import run_script, start_script, write_shards
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import fineweb
@@ -241,9 +241,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 # ---------------------------------------------------------------- restart
 
 
-def killed_at(event: int, folder: Path, settings: Manifest) -> bool:
-    """Build in a process that ends with SIGKILL when it opens, renames or removes a file in the folder once more than
-    `event` times; returns whether it was killed."""
+def killed_at(event: int, folder: Path, work) -> bool:
+    """Do work(), or build with these settings, in a process that ends with SIGKILL when it opens, renames or removes a
+    file in the folder once more than `event` times; returns whether it was killed."""
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)  # so that a deadlock is a failure
@@ -258,7 +258,7 @@ def killed_at(event: int, folder: Path, settings: Manifest) -> bool:
 
         sys.addaudithook(count)
         try:
-            build(folder, settings)
+            build(folder, work) if isinstance(work, Manifest) else work()
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -284,6 +284,26 @@ def test_killed_at_any_file_operation_a_run_goes_on_to_the_same_bytes(tmp_path, 
         verify(out)
         event += 1
     assert event > len(unbroken) * 4
+
+
+def test_killed_at_any_file_operation_a_ready_made_shard_is_there_before_the_manifest_says_so(tmp_path):
+    event, kept = 0, set()
+    while True:
+        folder = tmp_path / f"{event}" / "out"
+        folder.mkdir(parents=True)
+        write_shards(folder.parent / "downloads", [100, 100, 100], suffix="bin")
+        manifest = wanted("owner/name")
+        manifest.files = {path.name: 1 for path in sorted((folder.parent / "downloads").iterdir())}
+        paths = [folder.parent / "downloads" / name for name in manifest.files]
+        killed = killed_at(event, folder.parent, partial(fineweb.take_shards, paths, folder, manifest))
+        if (folder / "manifest.json").exists():
+            shards = Manifest.load(folder).shards
+            assert all((folder / shard["name"]).exists() for shard in shards)
+            kept.add(len(shards))
+        if not killed:
+            break
+        event += 1
+    assert kept == {1, 2, 3}
 
 
 @pytest.mark.parametrize("tokens", [150, 1000])
