@@ -34,13 +34,14 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, nullcontext
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import BinaryIO, NoReturn
 
 import numpy as np
@@ -146,13 +147,13 @@ def background(function: Callable, *args) -> Future:
     return future
 
 
-def prefetch(function: Callable, arguments: Iterable, ahead: int = 3, submit: Callable = background) -> Iterator:
-    """Yield function(a) for each argument in turn, while threads, or what `submit` starts, compute the next few."""
+def prefetch(function: Callable, arguments: Iterable, ahead: int = 3) -> Iterator:
+    """Yield function(a) for each argument in turn, while threads compute the next few."""
     arguments = iter(arguments)
-    pending = deque(submit(function, a) for a in islice(arguments, ahead))
+    pending = deque(background(function, a) for a in islice(arguments, ahead))
     while pending:
         result = pending.popleft().result()
-        pending.extend(submit(function, a) for a in islice(arguments, 1))
+        pending.extend(background(function, a) for a in islice(arguments, 1))
         yield result
 
 
@@ -201,33 +202,49 @@ def encode_batch(batch: Batch) -> tuple[list[int], float, np.ndarray]:
     return place, fraction, np.concatenate([encode_document(text) for text in texts])
 
 
-def follow_parent() -> None:
-    """End this worker when the parent process ends, however it does."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def serve(connection: Connection) -> None:
+    """Be a worker: encode_batch() what comes, until the other end is closed, if only by the end of its process."""
+    with suppress(EOFError, OSError):
+        while True:
+            connection.send(encode_batch(connection.recv()))
 
 
 def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
-    """encode_batch() of each batch, in order; with more than one worker in processes of their own."""
+    """encode_batch() of each batch, in order; with more than one worker in processes of their own.
+
+    Each worker has a pipe to itself, so that the end of one, at any moment, is noticed: UserError.
+    """
     if workers == 1:
         yield from map(encode_batch, batches)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=follow_parent) as pool:
+    free, processes = SimpleQueue(), []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which workers inherit: Ctrl-C is not for them
+    for _ in range(workers):
+        ours, theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=serve, args=(theirs,), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        free.put(ours)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-        def submit(*args):
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            try:
-                return pool.submit(*args)  # which starts the workers; they inherit that Ctrl-C is not for them
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    def encode(batch: Batch) -> tuple:
+        connection = free.get()
+        try:
+            connection.send(batch)
+            result = connection.recv()
+        except (EOFError, OSError):
+            text = f"a worker was killed, perhaps for lack of memory (--workers {workers}); {AGAIN}"
+            raise UserError(text) from None
+        free.put(connection)
+        return result
 
+    try:
         # Enough in advance to keep the workers busy while a shard is written.
-        yield from prefetch(encode_batch, batches, 2 * workers + 30, submit)
+        yield from prefetch(encode, batches, 2 * workers + 30)
+    finally:
+        for process in processes:
+            process.terminate()
 
 
 # ---------------------------------------------------------------- shards and their manifest
@@ -591,8 +608,6 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
             lock.unlink()
     except Timeout:
         raise UserError(f"another fineweb.py is at work in {folder}: wait until it has finished") from None
-    except BrokenProcessPool:
-        raise UserError(f"a worker was killed, perhaps for lack of memory (--workers {workers}); {AGAIN}") from None
     except OSError as error:
         raise UserError(f"{one_line(error)}; {AGAIN}") from None
     except KeyboardInterrupt:
