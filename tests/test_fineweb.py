@@ -29,8 +29,6 @@ from tiktoken_ext.openai_public import r50k_pat_str
 import fineweb
 from fineweb import END_OF_TEXT, Manifest, UserError, build, encode_document, tokenizer, verify, whole_file
 
-PLANES = "a \n\t<|endoftext|>'s I'll  12é 3\u00a0\u3000ж\u0301世界\U0001f600\U0002a6d6\U000e0041\U0010ffff."
-
 
 def fuzz(seed: int, length: int) -> str:
     """Text with characters of every Unicode plane, among words, numbers, white space and what looks special."""
@@ -150,6 +148,16 @@ def test_altered_ranks_are_refused(tmp_path, monkeypatch):
         tokenizer.cache_clear()
         with pytest.raises(UserError, match=f"{path.name}.* SHA-256"):
             tokenizer()
+
+
+def test_what_a_worker_raises_is_one_line_too(tmp_path):
+    script = tmp_path / "fineweb.py"
+    script.write_bytes(Path(fineweb.__file__).read_bytes())  # without assets/ beside it
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    result = run_script([script, "--dataset", source, "--workers", 2, "--out_dir", tmp_path / "out"])
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert re.match(r"fineweb.py: .*gpt2.tiktoken is missing, or its SHA-256", result.stderr.splitlines()[-1])
 
 
 # ---------------------------------------------------------------- shards
