@@ -431,15 +431,18 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
 # ---------------------------------------------------------------- sources: a folder, or a dataset on the Hub
 
 
-def read_rows(path: Path) -> Iterator[tuple[dict, float]]:
-    """The rows of a .parquet, .jsonl, .jsonl.gz or .txt file, each with the fraction of the file read so far."""
+def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tuple[dict, float]]:
+    """The rows of a .parquet, .jsonl, .jsonl.gz or .txt file, each with the fraction of the file read so far.
+
+    Of a parquet file only the columns, all of which it must have; in an empty line of JSON lines each is null.
+    """
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            if "text" not in file.schema_arrow.names:
-                raise ValueError(f"no column named text, only {', '.join(file.schema_arrow.names)}")
-            batches = file.iter_batches(64, columns=["text"])
+            if lacking := [name for name in columns if name not in file.schema_arrow.names]:
+                raise ValueError(f"no column named {lacking[0]}, only {', '.join(file.schema_arrow.names)}")
+            batches = file.iter_batches(64, columns=columns)
             for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
                 yield record, row / file.metadata.num_rows
     elif path.suffix == ".txt":
@@ -448,7 +451,7 @@ def read_rows(path: Path) -> Iterator[tuple[dict, float]]:
         size = path.stat().st_size
         with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
             for line in lines:
-                yield json.loads(line) if line.strip() else {"text": None}, file.tell() / size
+                yield json.loads(line) if line.strip() else dict.fromkeys(columns), file.tell() / size
 
 
 def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
@@ -482,19 +485,21 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
             place, texts, characters = [number + 1, 0], [], 0
 
 
-def ask_hub(function: Callable, *args, **kwargs):
-    """function(...) of huggingface_hub, three times if need be, which retries much by itself.
+HUB_MEND = f"check the network, --dataset, --subset and --revision; {AGAIN}"
 
-    Raises UserError if that fails, but what the system says of a disk as it is.
+
+def ask_hub(function: Callable, *args, tries: int = 3, mend: str = HUB_MEND, **kwargs):
+    """function(...) of huggingface_hub, which retries much by itself, several times if need be.
+
+    Raises UserError, which ends in `mend`, if that fails, but what the system says of a disk as it is.
     """
-    for left in (2, 1, 0):
+    for left in reversed(range(tries)):
         try:
             return function(*args, **kwargs)
         except Exception as error:  # the client's, the network library's and hf_xet's own
             if isinstance(error, OSError) and error.errno:
                 raise
             if not left:
-                mend = f"check the network, --dataset, --subset and --revision; {AGAIN}"
                 raise UserError(f"the Hub: {one_line(error)}: {mend}") from None
             time.sleep(1)
 

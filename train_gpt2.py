@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
+import hellaswag
 from fineweb import END_OF_TEXT, N_VOCAB, UserError, one_line, tokenizer, whole_file
 
 # ---------------------------------------------------------------- configuration
@@ -115,7 +116,8 @@ class TrainConfig(Config):
     micro_batch: int = option(64, "sequences per forward pass on one device", minimum=1)
     val_tokens: int = option(10_485_760, "tokens in a validation, or all if there are fewer", minimum=1)
     eval_every: int = option(250, "steps between validations; 0 = never", minimum=0)
-    hellaswag_every: int = option(0, "steps between HellaSwag evaluations; so far only 0, never", minimum=0)
+    hellaswag_every: int = option(250, "steps between HellaSwag evaluations; 0 = never", minimum=0)
+    hellaswag_data: str = option("", "its .parquet or .jsonl file; empty takes the validation split from the Hub")
     sample_every: int = option(250, "steps between samples; 0 = never", minimum=0)
     save_every: int = option(250, "steps between checkpoints; 0 = never", minimum=0)
     init_from: str = option(
@@ -130,8 +132,6 @@ class TrainConfig(Config):
             raise ValueError(f"--warmup_steps {self.warmup_steps} must be below --max_steps {self.max_steps}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr} must not be above --max_lr {self.max_lr}")
-        if self.hellaswag_every:
-            raise ValueError(f"--hellaswag_every {self.hellaswag_every}: HellaSwag is not there yet, leave it at 0")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ DEMO = {
     "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False,
     "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
     "max_steps": 170, "warmup_steps": 20, "max_lr": 4e-3, "min_lr": 4e-4, "batch_tokens": 2048, "micro_batch": 8,
-    "val_tokens": 40_000, "eval_every": 34, "sample_every": 170, "save_every": 85, "prompt": "This function returns",
+    "val_tokens": 40_000, "eval_every": 34, "hellaswag_every": 0, "sample_every": 170, "save_every": 85,
+    "prompt": "This function returns",
 }  # fmt: skip
 
 
@@ -217,11 +218,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -243,8 +244,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -283,12 +284,17 @@ class GPT(nn.Module):
                 p.fill_(1.0)
         self.transformer.wte.weight[self.config.n_vocab :] = 0
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The last block's output after ln_f (B, T, C) for token ids (B, T)."""
-        positions = torch.arange(tokens.size(1), device=tokens.device)
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The last block's output after ln_f (B, T, C) for token ids (B, T).
+
+        Positions (B, T) and a mask (B, 1, T, T), true where a token (row) may see another (column), take the place of
+        0, 1, 2, ... and of seeing what came before.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -326,22 +332,22 @@ class GPT(nn.Module):
 
         transformers_logging.set_verbosity_error()
         if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
-            raise UserError(f"--init_from {name_or_dir}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+            raise UserError(f"{name_or_dir}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
         try:
             theirs, info = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # network, files and formats each have their own
-            raise UserError(f"--init_from {name_or_dir}: {one_line(error)}") from None
+            raise UserError(f"{name_or_dir}: {one_line(error)}") from None
         c = theirs.config
         if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise UserError(f"--init_from {name_or_dir}: it lacks {lacking[0]}, as GPT-2 has it")
+            raise UserError(f"{name_or_dir}: it lacks {lacking[0]}, as GPT-2 has it")
         if c.vocab_size > N_VOCAB:
-            raise UserError(f"--init_from {name_or_dir}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
+            raise UserError(f"{name_or_dir}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
         plain = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
                  "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                  "tie_word_embeddings": True}  # fmt: skip
         for key, value in plain.items():
             if getattr(c, key) != value:
-                raise UserError(f"--init_from {name_or_dir}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}")
+                raise UserError(f"{name_or_dir}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}")
         vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
         model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd), seed=None)
         ours = model.state_dict()
@@ -580,7 +586,7 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         # for ever: end anyway, and torchrun ends the rest.
         def give_up(error: BaseException = error) -> None:
             if isinstance(error, UserError):
-                print(f"train_gpt2.py: {error}", file=sys.stderr)
+                print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             else:
                 traceback.print_exception(error)
             os._exit(getattr(error, "status", 1))
@@ -693,9 +699,17 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
         model = GPT(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
         model.load_state_dict(checkpoint["model"])
         dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
-        if checkpoint["step"] != int(path.stem[5:]):
-            raise ValueError(f"it says that it is of step {checkpoint['step']}")
+        step = checkpoint["step"]
+        if not isinstance(step, int) or (path.stem[:5] == "ckpt_" and path.stem[5:] != f"{step:06d}"):
+            raise ValueError(f"it says that it is of step {step}")
     return model, checkpoint
+
+
+def load_model(source: str) -> GPT:
+    """The model of a checkpoint, of the newest one in a folder, or what GPT.from_pretrained() takes."""
+    path = Path(source)
+    found = find_checkpoints(source) or [path] * path.is_file()
+    return load_checkpoint(found[-1])[0] if found else GPT.from_pretrained(source)
 
 
 def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: TrainConfig) -> None:
@@ -885,6 +899,20 @@ def git_commit() -> str | None:
         return None
 
 
+def load_hellaswag(config: TrainConfig, gpt_config: GPTConfig, world: World) -> hellaswag.HellaSwag | None:
+    """The examples, if every rank could have them; else one warning, and None."""
+    data, why = None, "another rank can't have it"
+    try:
+        examples = hellaswag.read_examples(config.hellaswag_data, "completion")
+        data = hellaswag.HellaSwag(examples, "completion", gpt_config, world.device.type)
+    except (UserError, OSError) as error:
+        why = one_line(error)
+    missing = world.sum(data is None)[0]
+    if missing and world.is_main:
+        print(f"warning: going on without HellaSwag: {why}", file=sys.stderr)
+    return None if missing else data
+
+
 def due(step: int, every: int, config: TrainConfig) -> bool:
     """Whether something that happens every so many steps, and after the last one, happens after this step."""
     return every > 0 and (step % every == 0 or step == config.max_steps)
@@ -922,6 +950,7 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
         f"{data.n_tokens:,} tokens in {config.data_dir}; step {start} to {config.max_steps}; files in {config.out_dir}"
     )
     step_model = make_step_model(model, config, world)
+    examples = load_hellaswag(config, model.config, world) if config.hellaswag_every else None
 
     def look(step: int) -> None:
         """Whatever is due after a step; the training clock stands still."""
@@ -929,8 +958,13 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
             loss, tokens = evaluate(model, val_data, config, world)
             world.say(f"step {step:5d} | validation loss {loss:.4f} over {tokens:,} tokens")
             log.write("val", step, loss=loss, tokens=tokens)
-            if world.is_main:
-                draw_curves(log.path, out_dir / "curves.png")
+        if examples and due(step, config.hellaswag_every, config):
+            found = examples.summary(hellaswag.evaluate(model, examples, world))
+            numbers = {name: found[name] for name in ("acc_norm", "acc", "examples")}
+            world.say(f"step {step:5d} | HellaSwag acc_norm {found['acc_norm']:.4f}, acc {found['acc']:.4f}")
+            log.write("hellaswag", step, **numbers)
+        if world.is_main and (due(step, config.eval_every, config) or due(step, config.hellaswag_every, config)):
+            draw_curves(log.path, out_dir / "curves.png")
         if world.is_main and step and due(step, config.sample_every, config):
             for text in sample_texts(model, sample_config, config.seed, world):
                 world.say(f"step {step:5d} | sample: {text}")
@@ -966,14 +1000,12 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
 
 def sample(config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
     """Print samples from the newest checkpoint, or from --init_from, on stdout."""
-    if config.init_from != "scratch":
-        model = GPT.from_pretrained(config.init_from)
-    elif found := find_checkpoints(config.out_dir):
-        model, _ = load_checkpoint(found[-1])
-    else:
-        raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
-    texts = sample_texts(model.to(world.device), sample_config, config.seed, world)
-    source = config.init_from if config.init_from != "scratch" else found[-1]
+    source = config.init_from
+    if source == "scratch":
+        if not (found := find_checkpoints(config.out_dir)):
+            raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
+        source = str(found[-1])
+    texts = sample_texts(load_model(source).to(world.device), sample_config, config.seed, world)
     for i, text in enumerate(texts, 1):
         print(f"--- sample {i} of {len(texts)} from {source}", file=sys.stderr, flush=True)
         print(text, flush=True)

@@ -1,10 +1,16 @@
-"""A tiny model, shards to feed it, and ways to run the scripts as a user would."""
+"""A tiny model, shards to feed it, ways to run the scripts as a user would, and a server that stands for the Hub."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import threading
+from collections import Counter
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -49,7 +55,8 @@ def tiny_flags(data_dir, out_dir, **changes) -> list[str]:
     flags = dict(data_dir=data_dir, out_dir=out_dir, device="cpu", compile=False,
                  block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=16,
                  max_steps=6, warmup_steps=2, max_lr=1e-2, min_lr=1e-3, batch_tokens=128, micro_batch=4,
-                 val_tokens=160, eval_every=3, sample_every=0, save_every=2, prompt="!") | changes  # fmt: skip
+                 val_tokens=160, eval_every=3, hellaswag_every=0,
+                 sample_every=0, save_every=2, prompt="!") | changes  # fmt: skip
     line = []
     for name, value in flags.items():
         line += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
@@ -105,3 +112,93 @@ def assert_same(a, b) -> None:
             assert_same(x, y)
     else:
         assert a == b
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+ROUTE = re.compile(r"/datasets/(?P<dataset>[\w.-]+/[\w.-]+)/resolve/(?P<revision>\w+)/(?P<path>.+)")
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves datasets, {"owner/name": {"path": bytes}}, as the Hugging Face Hub does.
+
+    `fault` is called with each request to a file, and may answer it by itself, in which case it returns True;
+    `before_listing` before the list of files is given.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.datasets: dict[str, dict[str, bytes]] = {}
+        self.fault = lambda request, path: False
+        self.before_listing = lambda: None
+        self.asked = Counter()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_):
+        """A client that goes away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content: bytes, status: int = 200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(self.path.partition("?")[0])
+        self.server.asked[self.command, path] += 1
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/(\w+)/?(.*)", path):
+            dataset, what, revision, folder = match.groups()
+            files = self.server.datasets.get(dataset)
+            if files is None or revision not in (["main", COMMIT] if what == "revision" else [COMMIT]):
+                code = "RepoNotFound" if files is None else "RevisionNotFound"
+                self.answer(b"{}", 404, X_Error_Code=code, X_Error_Message="no such thing")
+            elif what == "revision":
+                self.answer(json.dumps({"id": dataset, "sha": COMMIT, "siblings": []}).encode())
+            else:
+                self.server.before_listing()
+                found = [name for name in files if name.startswith(f"{folder}/" if folder else "")]
+                entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in found]
+                entries += [{"type": "directory", "path": "sample", "oid": "0"}]
+                self.answer(json.dumps(entries).encode())
+        elif match := ROUTE.fullmatch(path):
+            name = match["path"]
+            content = self.server.datasets[match["dataset"]].get(name)
+            if self.server.fault(self, name):
+                return
+            if content is None:
+                self.answer(b"", 404, X_Error_Code="EntryNotFound")
+                return
+            commit = match["revision"] if len(match["revision"]) == 40 else COMMIT
+            headers = {"ETag": f'"{hash(content) & 0xFFFFFFFF:08x}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+            if self.command == "GET" and (asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+                start = int(asked[1])
+                headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                self.answer(content[start:], 206, **headers)
+            else:
+                self.answer(content, **headers)
+        else:
+            self.answer(b"", 404)
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
