@@ -100,6 +100,8 @@ def exit_status(main: Callable[[], None], program: str) -> int:
         message, status = one_line(error), 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        program += f" [rank {os.environ['RANK']}]"
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
@@ -431,10 +433,10 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
 # ---------------------------------------------------------------- sources: a folder, or a dataset on the Hub
 
 
-def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tuple[dict, float]]:
+def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tuple[dict | None, float]]:
     """The rows of a .parquet, .jsonl, .jsonl.gz or .txt file, each with the fraction of the file read so far.
 
-    Of a parquet file only the columns, all of which it must have; in an empty line of JSON lines each is null.
+    Of a parquet file only the columns, all of which it must have. An empty line of JSON lines is None.
     """
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
@@ -451,7 +453,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tupl
         size = path.stat().st_size
         with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
             for line in lines:
-                yield json.loads(line) if line.strip() else dict.fromkeys(columns), file.tell() / size
+                yield json.loads(line) if line.strip() else None, file.tell() / size
 
 
 def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
@@ -467,7 +469,7 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
         row = first
         try:
             for record, fraction in islice(read_rows(path), first, None):
-                if not isinstance(text := record["text"], str | None):
+                if not isinstance(text := None if record is None else record["text"], str | None):
                     raise ValueError(f"text is {type(text).__name__}, not a string")
                 if text is not None:
                     texts.append(text)

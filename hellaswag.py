@@ -64,10 +64,9 @@ class Example:
 def fetch(sha256: str = SHA256) -> Path:
     """The validation split in the Hub's cache, downloaded if need be; UserError if it can't be had or is another."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries are not worth a line each
-    disable_progress_bars()
     download = partial(hf_hub_download, DATASET, FILE, repo_type="dataset", revision=REVISION)
     mend = "check the network, or name a local file (--data here, --hellaswag_data in training)"
     path = Path(fineweb.ask_hub(download, tries=1, mend=mend))
@@ -121,11 +120,11 @@ def read_examples(source: str, style: str, limit: int | None = None) -> list[Exa
     Raises UserError, with the row, for what is not as it should be.
     """
     path, row, examples = Path(source) if source else fetch(), 0, []
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise UserError(f"{path}: HellaSwag comes as a .parquet or a .jsonl file")
+    if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
+        raise UserError(f"{path} is no .parquet or .jsonl file")
     try:
         for record, _ in fineweb.read_rows(path, FIELDS[style]):
-            if not isinstance(record, dict) or any(value is not None for value in record.values()):  # no empty line
+            if record is not None:
                 check(record, style)
                 examples.append(make_example(row, record, style))
             row += 1
@@ -191,19 +190,19 @@ class HellaSwag:
             n = max(1, BATCH_TOKENS[device] // longest)
             chosen, order = order[-n:], order[:-n]
             rows = torch.zeros(3, len(chosen), longest, dtype=torch.int64)
-            rows[2] = -1  # the padding's segment
+            rows[2], scored = -1, []  # the padding's segment
             for b, i in enumerate(chosen):
-                rows[:, b, : len(packed[i][0][0])] = torch.tensor(packed[i][0])
-            scored = [torch.tensor(packed[i][1]) for i in chosen]
-            for b, i in enumerate(chosen):
-                scored[b] += torch.tensor([[b * longest], [0], [4 * i]])
+                row, wanted = map(torch.tensor, packed[i])
+                rows[:, b, : row.size(1)] = row
+                scored.append(wanted + torch.tensor([[b * longest], [0], [4 * i]]))
             self.batches.append((*rows, *torch.cat(scored, dim=1)))
 
     def summary(self, scores: np.ndarray) -> dict[str, float | int | str | None]:
         """The JSON object that is reported, from the scores (n, 4) of evaluate()."""
         n, result = len(self.labels), {"style": self.style}
         for name, values in (("acc", scores), ("acc_norm", self.normalized(scores))):
-            p = float(np.mean(values.argmax(1) == self.labels))
+            # Scores that are not numbers are never right.
+            p = float(np.mean((values.argmax(1) == self.labels) & ~np.isnan(values).any(1)))
             result[name] = p
             result[f"{name}_stderr"] = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
         return result | {"normalization": UNIT[self.style], "examples": n}
@@ -226,7 +225,7 @@ def score(model: "GPT", batch: Batch, world: "World", buffer: Tensor) -> np.ndar
         hidden = model.hidden(tokens, positions, seen.tril()[:, None]).flatten(0, 1)  # (B * T, C)
     found = []
     for rows, target in zip(at.split(len(buffer)), targets.split(len(buffer)), strict=True):
-        # In float32, as bfloat16 has steps of 0.5 where OpenAI's logits lie; in place, as fresh memory costs time.
+        # Not in bfloat16, which has steps of 0.5 where OpenAI's logits lie; in place, as fresh memory costs time.
         logits = torch.mm(hidden[rows].float(), model.lm_head.weight.T, out=buffer[: len(rows)])
         logits[:, model.config.n_vocab :] = -math.inf
         wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
@@ -276,6 +275,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--style {args.style} must be completion or harness")
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit} must be at least 1")
+    each = None if args.per_example is None else Path(args.per_example)
+    if each and (not each.parent.is_dir() or each.is_symlink() or (each.exists() and not each.is_file())):
+        parser.error(f"--per_example {each}: name a plain file in a folder that is there")
     try:
         config = TrainConfig(device=args.device, dtype=args.dtype)
     except ValueError as error:
@@ -291,17 +293,16 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--model {args.model}: a score is not finite, so its weights are damaged")
         if not world.is_main:
             return
-        if args.per_example:
-            normalized = data.normalized(scores)
-            with fineweb.whole_file(Path(args.per_example)) as file:
-                for example, sums, norms in zip(examples, scores, normalized, strict=True):
+        print(json.dumps({"model": args.model} | data.summary(scores) | {"seconds": round(seconds, 2)}), flush=True)
+        if each:
+            with fineweb.whole_file(each) as file:
+                for example, sums, norms in zip(examples, scores, data.normalized(scores), strict=True):
                     entry = {
                         "row": example.row, "label": example.label, "scores": sums.tolist(),
                         "scores_norm": [x if math.isfinite(x) else None for x in norms.tolist()],
                         "prediction": int(sums.argmax()), "prediction_norm": int(norms.argmax()),
                     }  # fmt: skip
                     file.write((json.dumps(entry) + "\n").encode())
-        print(json.dumps({"model": args.model} | data.summary(scores) | {"seconds": round(seconds, 2)}), flush=True)
 
 
 if __name__ == "__main__":

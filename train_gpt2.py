@@ -31,6 +31,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,9 @@ class TrainConfig(Config):
     sample_every: int = option(250, "steps between samples; 0 = never", minimum=0)
     save_every: int = option(250, "steps between checkpoints; 0 = never", minimum=0)
     init_from: str = option(
-        "scratch", "first weights: scratch, gpt2[-medium, -large, -xl], or a folder saved by transformers", fixed=True
+        "scratch",
+        "first weights: scratch, gpt2[-medium, -large, -xl], or what transformers or this script saved",
+        fixed=True,
     )
     resume: bool = option(True, "go on from the newest checkpoint in --out_dir")
     extend: bool = option(False, "let a resumed run have a larger --max_steps, which stretches the cosine")
@@ -327,27 +330,35 @@ class GPT(nn.Module):
 
         Raises UserError when the weights can't be had or are not those of a GPT-2.
         """
+        from huggingface_hub.utils import logging as hub_logging
         from transformers import GPT2LMHeadModel
         from transformers import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
-        if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
-            raise UserError(f"{name_or_dir}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+        hub_logging.set_verbosity_error()
+        if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.isdir(name_or_dir):
+            raise UserError(
+                f"cannot take weights from {name_or_dir}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl"
+            )
         try:
             theirs, info = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # network, files and formats each have their own
-            raise UserError(f"{name_or_dir}: {one_line(error)}") from None
+            raise UserError(f"cannot take weights from {name_or_dir}: {one_line(error)}") from None
         c = theirs.config
         if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise UserError(f"{name_or_dir}: it lacks {lacking[0]}, as GPT-2 has it")
+            raise UserError(f"cannot take weights from {name_or_dir}: it lacks {lacking[0]}, as GPT-2 has it")
         if c.vocab_size > N_VOCAB:
-            raise UserError(f"{name_or_dir}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
+            raise UserError(
+                f"cannot take weights from {name_or_dir}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}"
+            )
         plain = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
                  "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                  "tie_word_embeddings": True}  # fmt: skip
         for key, value in plain.items():
             if getattr(c, key) != value:
-                raise UserError(f"{name_or_dir}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}")
+                raise UserError(
+                    f"cannot take weights from {name_or_dir}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}"
+                )
         vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
         model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd), seed=None)
         ours = model.state_dict()
@@ -688,7 +699,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch.load alone raises a dozen kinds
-        message = f"cannot read checkpoint {path} ({one_line(error)}): move it away to use the one before it"
+        # torch's own words for a file that holds code are an advice to run it.
+        why = "no checkpoint, or one that holds code" if isinstance(error, UnpicklingError) else one_line(error)
+        message = f"cannot read checkpoint {path} ({why}): move it away to use the one before it"
         raise UserError(message) from None
 
 
@@ -699,8 +712,8 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
         model = GPT(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
         model.load_state_dict(checkpoint["model"])
         dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
-        if not isinstance(step, int) or (path.stem[:5] == "ckpt_" and path.stem[5:] != f"{step:06d}"):
+        step, named = checkpoint["step"], re.fullmatch(r"ckpt_(\d+)", path.stem)
+        if not isinstance(step, int) or (named and int(named[1]) != step):
             raise ValueError(f"it says that it is of step {step}")
     return model, checkpoint
 
@@ -812,7 +825,8 @@ def draw_curves(log_path: Path, picture: Path) -> None:
     for axis in axes:
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="upper right" if axis is axes[0] else "lower right")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, loc="upper right" if axis is axes[0] else "lower right")
     units = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, ""))
     axes[-1].xaxis.set_major_formatter(lambda x, _: next(f"{x / (u or 1):g}{name}" for u, name in units if abs(x) >= u))
     axes[-1].set_xlabel("training tokens")
@@ -876,7 +890,7 @@ def start_or_resume(gpt_config: GPTConfig, config: TrainConfig, world: World) ->
         raise UserError(f"--no-resume, and {config.out_dir} holds a run already: give another --out_dir", status=2)
     if not found:
         pretrained = config.init_from != "scratch"
-        model = GPT.from_pretrained(config.init_from) if pretrained else GPT(gpt_config, config.seed)
+        model = load_model(config.init_from) if pretrained else GPT(gpt_config, config.seed)
         model.to(world.device)
         return model, make_optimizer(model, config), 0
     model, checkpoint = load_checkpoint(found[-1])
@@ -905,7 +919,9 @@ def load_hellaswag(config: TrainConfig, gpt_config: GPTConfig, world: World) -> 
     try:
         examples = hellaswag.read_examples(config.hellaswag_data, "completion")
         data = hellaswag.HellaSwag(examples, "completion", gpt_config, world.device.type)
-    except (UserError, OSError) as error:
+    except UserError as error:
+        why = str(error)
+    except OSError as error:
         why = one_line(error)
     missing = world.sum(data is None)[0]
     if missing and world.is_main:
@@ -923,8 +939,6 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
     if config.demo and world.is_main:
         fineweb.write_demo(Path(config.data_dir))
     world.sum(0)  # the others wait for the first rank's files
-    if config.init_from == "scratch":
-        Sequences(config.data_dir, "train", gpt_config)  # better to hear of a fault before the model is made
     model, optimizer, start = start_or_resume(gpt_config, config, world)
     if world.sum(start)[0] != start * world.size:
         raise UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
@@ -960,9 +974,8 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
             log.write("val", step, loss=loss, tokens=tokens)
         if examples and due(step, config.hellaswag_every, config):
             found = examples.summary(hellaswag.evaluate(model, examples, world))
-            numbers = {name: found[name] for name in ("acc_norm", "acc", "examples")}
             world.say(f"step {step:5d} | HellaSwag acc_norm {found['acc_norm']:.4f}, acc {found['acc']:.4f}")
-            log.write("hellaswag", step, **numbers)
+            log.write("hellaswag", step, **{name: found[name] for name in ("acc_norm", "acc", "examples")})
         if world.is_main and (due(step, config.eval_every, config) or due(step, config.hellaswag_every, config)):
             draw_curves(log.path, out_dir / "curves.png")
         if world.is_main and step and due(step, config.sample_every, config):
@@ -1045,5 +1058,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    sys.exit(fineweb.exit_status(main, "train_gpt2.py" + rank))
+    sys.exit(fineweb.exit_status(main, "train_gpt2.py"))

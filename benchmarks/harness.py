@@ -35,7 +35,8 @@ from train_gpt2 import GPT, World
 
 PIECES = [
     "A man", "is SEEN", "on the roof.", "[title] How to", "[header] Rest", "[step]", "  two spaces", "café", "世界",
-    "😀", "it's", "1,000", "and then,", "[substeps] [title]", "] [", "\n", "don't [x] stop", "...", "ÉLAN", "\u00a0", "ß",
+    "😀", "it's", "1,000", "and then,", "[substeps] [title]", "] [", "\n", "don't [x] stop", "...", "ÉLAN", "\u00a0",
+    "ß",
 ]  # fmt: skip
 
 

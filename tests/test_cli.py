@@ -187,7 +187,7 @@ def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path, capsys):
     assert run_train(["--sample", "--out_dir", tmp_path / "log"]) == 1
     assert f"no checkpoint in {tmp_path / 'log'}" in the_line(capsys)
     assert run_train(["--sample", "--init_from", "gpt3"]) == 1
-    assert "gpt3: not a folder" in the_line(capsys)
+    assert "cannot take weights from gpt3: not a folder" in the_line(capsys)
 
 
 @pytest.mark.parametrize(
