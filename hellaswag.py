@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,10 +86,8 @@ def check(record: dict, style: str) -> None:
         if name not in ("endings", "label") and not isinstance(record[name], str):
             raise ValueError(f"{name} is not a string: {record[name]!r}")
     endings, label = record["endings"], record["label"]
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) for e in endings):
-        raise ValueError(f"endings are not four strings: {endings!r}")
-    if not all(e.strip() for e in endings):
-        raise ValueError(f"an ending is empty: {endings!r}")
+    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
+        raise ValueError(f"endings are not four strings, none of them empty: {endings!r}")
     if str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"label {label!r} is none of 0, 1, 2, 3")
 
@@ -100,18 +99,15 @@ def harness_text(text: str) -> str:
 
 def make_example(row: int, record: dict, style: str) -> Example:
     """Tokenize a row that check() has passed."""
-    endings = record["endings"]
-    if style == "completion":
-        context = record["ctx"]
-    else:
+    context, endings = record.get("ctx"), record["endings"]
+    if style == "harness":
         context = harness_text(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
         endings = [harness_text(e) for e in endings]
     # The harness counts spaces at the context's end as part of the endings.
     kept = context.rstrip() if style == "harness" else context
     tokens = [encode_document(text) for text in (kept, *(f"{context[len(kept) :]} {e}" for e in endings))]
     context_ids, *ending_ids = (ids[1:].tolist() for ids in tokens)  # without the <|endoftext|> before a document
-    lengths = [len(e) for e in endings]
-    return Example(row, context_ids or [fineweb.END_OF_TEXT], ending_ids, lengths, int(record["label"]))
+    return Example(row, context_ids or [fineweb.END_OF_TEXT], ending_ids, [*map(len, endings)], int(record["label"]))
 
 
 def read_examples(source: str, style: str, limit: int | None = None) -> list[Example]:
@@ -123,13 +119,11 @@ def read_examples(source: str, style: str, limit: int | None = None) -> list[Exa
     if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
         raise UserError(f"{path} is no .parquet or .jsonl file")
     try:
-        for record, _ in fineweb.read_rows(path, FIELDS[style]):
-            if record is not None:
+        for record, _ in islice(fineweb.read_rows(path, FIELDS[style]), limit):
+            if record is not None:  # an empty line
                 check(record, style)
                 examples.append(make_example(row, record, style))
             row += 1
-            if len(examples) == limit:
-                break
     except fineweb.DAMAGE as error:
         raise UserError(f"cannot read {path}, row {row} (counted from 0): {one_line(error)}: mend the file") from None
     if not examples:
@@ -174,14 +168,13 @@ class HellaSwag:
     """
 
     def __init__(self, examples: list[Example], style: str, config: "GPTConfig", device: str = "cpu"):
-        self.examples, self.style = examples, style
+        self.style = style
         packed = [pack(example, config.block_size) for example in examples]
         if (largest := max(max(row[0] + scored[1]) for row, scored in packed)) >= config.n_vocab:
             raise UserError(f"HellaSwag has token {largest}, the model knows {config.n_vocab}")
         self.labels = np.array([example.label for example in examples])  # (n,)
         tokens = [np.bincount(of, minlength=4) for _, (_, _, of) in packed]
-        characters = [example.characters for example in examples]
-        self.lengths = np.array(tokens if style == "completion" else characters)  # (n, 4)
+        self.lengths = np.array(tokens if style == "completion" else [e.characters for e in examples])  # (n, 4)
         self.batches: list[Batch] = []
         order = sorted(range(len(packed)), key=lambda i: len(packed[i][0][0]))
         while order:
@@ -202,8 +195,7 @@ class HellaSwag:
         n, result = len(self.labels), {"style": self.style}
         for name, values in (("acc", scores), ("acc_norm", self.normalized(scores))):
             # Scores that are not numbers are never right.
-            p = float(np.mean((values.argmax(1) == self.labels) & ~np.isnan(values).any(1)))
-            result[name] = p
+            p = result[name] = float(np.mean((values.argmax(1) == self.labels) & ~np.isnan(values).any(1)))
             result[f"{name}_stderr"] = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
         return result | {"normalization": UNIT[self.style], "examples": n}
 
@@ -264,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
          "train_gpt2.py or the folder of its checkpoints (default: gpt2)"),
         ("data", str, "", "a local .parquet or .jsonl file (default: the validation split from the Hub)"),
         ("style", str, "completion", "completion or harness (default: completion)"),
-        ("limit", int, None, "take only the first so many examples"),
+        ("limit", int, None, "take only the first so many rows"),
         ("per_example", str, None, "file for one JSON object a line: scores, predictions and label of an example"),
         ("device", str, "auto", "cuda, cuda:1, mps or cpu (default: the first there is)"),
         ("dtype", str, "auto", "bfloat16 or float32 (default: bfloat16 on CUDA, else float32)"),

@@ -919,10 +919,8 @@ def load_hellaswag(config: TrainConfig, gpt_config: GPTConfig, world: World) -> 
     try:
         examples = hellaswag.read_examples(config.hellaswag_data, "completion")
         data = hellaswag.HellaSwag(examples, "completion", gpt_config, world.device.type)
-    except UserError as error:
+    except (UserError, OSError) as error:
         why = str(error)
-    except OSError as error:
-        why = one_line(error)
     missing = world.sum(data is None)[0]
     if missing and world.is_main:
         print(f"warning: going on without HellaSwag: {why}", file=sys.stderr)
