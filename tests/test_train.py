@@ -187,7 +187,7 @@ def test_a_rank_that_fails_ends_the_job(shards, tmp_path):
     )
     result = run_script([program, *tiny_flags(shards, tmp_path / "log")], ranks=2, timeout=60)
     assert result.returncode != 0
-    assert "train_gpt2.py: rank 1 fails here" in result.stderr
+    assert "train_gpt2.py [rank 1]: rank 1 fails here" in result.stderr
 
 
 def test_compile_validation_and_sampling_work_in_one_run(shards, tmp_path, capsys):
