@@ -66,8 +66,8 @@ def loop(model: GPT, examples: list[Example]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     model, examples = make_model(), make_examples(args.examples)
     world = World(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
