@@ -123,7 +123,7 @@ class TrainConfig(Config):
     save_every: int = option(250, "steps between checkpoints; 0 = never", minimum=0)
     init_from: str = option(
         "scratch",
-        "first weights: scratch, gpt2[-medium, -large, -xl], or what transformers or this script saved",
+        "first weights: scratch, gpt2[-medium, -large, -xl], or what was saved by transformers or here",
         fixed=True,
     )
     resume: bool = option(True, "go on from the newest checkpoint in --out_dir")
@@ -336,29 +336,24 @@ class GPT(nn.Module):
 
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()
+        refused = f"cannot take weights from {name_or_dir}"
         if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.isdir(name_or_dir):
-            raise UserError(
-                f"cannot take weights from {name_or_dir}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl"
-            )
+            raise UserError(f"{refused}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
         try:
             theirs, info = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # network, files and formats each have their own
-            raise UserError(f"cannot take weights from {name_or_dir}: {one_line(error)}") from None
+            raise UserError(f"{refused}: {one_line(error)}") from None
         c = theirs.config
         if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise UserError(f"cannot take weights from {name_or_dir}: it lacks {lacking[0]}, as GPT-2 has it")
+            raise UserError(f"{refused}: it lacks {lacking[0]}, as GPT-2 has it")
         if c.vocab_size > N_VOCAB:
-            raise UserError(
-                f"cannot take weights from {name_or_dir}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}"
-            )
+            raise UserError(f"{refused}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
         plain = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
                  "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                  "tie_word_embeddings": True}  # fmt: skip
         for key, value in plain.items():
             if getattr(c, key) != value:
-                raise UserError(
-                    f"cannot take weights from {name_or_dir}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}"
-                )
+                raise UserError(f"{refused}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}")
         vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
         model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd), seed=None)
         ours = model.state_dict()
