@@ -39,6 +39,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -229,6 +230,7 @@ def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
         return
     spawn = multiprocessing.get_context("spawn")
     free, processes = SimpleQueue(), []
+    resource_tracker.ensure_running()  # which the first process starts otherwise, and which unblocks SIGINT
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which workers inherit: Ctrl-C is not for them
     for _ in range(workers):
         ours, theirs = spawn.Pipe()

@@ -374,6 +374,16 @@ def at_work(tmp_path, **kwargs) -> subprocess.Popen:
     return run
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+def test_workers_do_not_hear_ctrl_c(tmp_path):
+    run = at_work(tmp_path)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    blocked = [re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1] for pid in children]
+    run.kill()
+    run.communicate(timeout=60)
+    assert sum(int(mask, 16) >> (signal.SIGINT - 1) & 1 for mask in blocked) >= 2
+
+
 def test_ctrl_c_is_one_line_from_all_processes(tmp_path):
     run = at_work(tmp_path, start_new_session=True)
     os.killpg(run.pid, signal.SIGINT)
