@@ -107,6 +107,17 @@ def exit_status(main: Callable[[], None], program: str) -> int:
     return status
 
 
+def run_script(main: Callable[[], None], program: str) -> NoReturn:
+    """End the process with the exit_status() of main()."""
+    status = exit_status(main, program)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Now and then threads of torch.distributed outlive the interpreter, and abort a process that has done its work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line of at most 300 characters; of one from the system, the file and the cause."""
     text = str(error)

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -298,4 +297,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(fineweb.exit_status(main, "hellaswag.py"))
+    fineweb.run_script(main, "hellaswag.py")

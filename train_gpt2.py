@@ -1051,4 +1051,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(fineweb.exit_status(main, "train_gpt2.py"))
+    fineweb.run_script(main, "train_gpt2.py")
