@@ -119,7 +119,7 @@ def read_examples(source: str, style: str, limit: int | None = None) -> list[Exa
         raise UserError(f"{path} is no .parquet or .jsonl file")
     try:
         for record, _ in islice(fineweb.read_rows(path, FIELDS[style]), limit):
-            if record is not None:  # an empty line
+            if record is not None:  # as an empty line is
                 check(record, style)
                 examples.append(make_example(row, record, style))
             row += 1
@@ -237,8 +237,9 @@ def evaluate(model: "GPT", data: HellaSwag, world: "World", progress: bool = Fal
             answers = batch[5].numpy()
             scores += np.bincount(answers, weights=score(model, batch, world, buffer), minlength=4 * n)
             done[answers // 4] = True
-            right = data.normalized(scores.reshape(n, 4)).argmax(1) == data.labels
-            bar.set_postfix(acc_norm=f"{right[done].mean():.4f}", refresh=False)
+            if not bar.disable:
+                right = data.normalized(scores.reshape(n, 4)).argmax(1) == data.labels
+                bar.set_postfix(acc_norm=f"{right[done].mean():.4f}", refresh=False)
             bar.update(len(batch[0]))
     return np.array(world.sum(*scores)).reshape(n, 4)
 

@@ -6,7 +6,7 @@ The weights are random, in the shape of GPT-2 124M, in float32; the examples are
 endings of 5 to 40, each length as likely as another. Tokenizing, the same for both, is not in the times.
 
 - loop: the usual script. One example at a time: its four texts, padded to the longest, in one forward pass; logits and
-  cross-entropy at every position; the mean over those of the ending.
+  cross-entropy at every position; the sum over those of the ending.
 - hellaswag: the batches of hellaswag.HellaSwag and hellaswag.evaluate(), the making of the batches included.
 """
 

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fineweb
 import train_gpt2
@@ -114,6 +115,21 @@ def assert_same(a, b) -> None:
         assert a == b
 
 
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A randomly initialised GPT-2 of `transformers`, and the folder it was saved to."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    theirs = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # biases and LayerNorms that are not 0 and 1, logits far from uniform
+        theirs.transformer.ln_f.bias.add_(1.0)
+    folder = tmp_path_factory.mktemp("pretrained") / "hf"
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 ROUTE = re.compile(r"/datasets/(?P<dataset>[\w.-]+/[\w.-]+)/resolve/(?P<revision>\w+)/(?P<path>.+)")
 
@@ -202,3 +218,9 @@ def hub():
     yield server
     server.shutdown()
     server.server_close()
+
+
+def environment(hub, tmp_path) -> dict:
+    """Variables that send the Hub's client to a server, or to an address, with a cache of its own."""
+    home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "5"}
+    return home | {"HF_ENDPOINT": hub.address if isinstance(hub, Hub) else hub}

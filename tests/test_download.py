@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import COMMIT, Hub, run_script, start_script, write_shards
+from conftest import COMMIT, Hub, environment, run_script, start_script, write_shards
 
 import fineweb
 from fineweb import Manifest, encode_document, verify
@@ -46,11 +46,6 @@ def edu(hub) -> Hub:
         "README.md": b"no data",
     }
     return hub
-
-
-def environment(hub, tmp_path) -> dict:
-    home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "5"}
-    return home | {"HF_ENDPOINT": hub.address if isinstance(hub, Hub) else hub}
 
 
 def run(hub, tmp_path, *argv, **kwargs):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, assert_same, losses, newest, run_script, run_train, tiny_flags
+from conftest import CPU, ROOT, TINY, assert_same, environment, losses, newest, run_script, run_train, tiny_flags
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -49,19 +49,6 @@ def write(path, rows) -> str:
     else:
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """A GPT-2 of `transformers` with random weights and 64 positions, and the folder it was saved to."""
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=48, n_layer=3, n_head=4)).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(0.1 * torch.randn_like(p))  # far from uniform
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    theirs.save_pretrained(folder)
-    return theirs, folder
 
 
 def plain_score(model, context: list[int], ending: list[int]) -> tuple[float, int]:
@@ -377,8 +364,7 @@ FETCH = (
 def fetch(hub, folder, sha256: str):
     program = folder / "fetch.py"
     program.write_text(FETCH % sha256)
-    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    return run_script([program], env=environment)
+    return run_script([program], env=environment(hub, folder))
 
 
 def test_the_validation_split_is_fetched_once_and_its_hash_checked(hub, tmp_path):
@@ -430,9 +416,8 @@ def test_compile_validation_hellaswag_and_sampling_work_in_one_run(shards, tmp_p
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_without_the_data_there_is_one_warning_and_training_goes_on(shards, tmp_path, hub, ranks):
     hub.datasets[DATASET] = {}
-    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     flags = tiny_flags(shards, tmp_path / "log", hellaswag_every=3)
-    result = run_script(["train_gpt2.py", *flags], ranks=ranks, env=environment)
+    result = run_script(["train_gpt2.py", *flags], ranks=ranks, env=environment(hub, tmp_path))
     assert result.returncode == 0, result.stderr
     warnings = [line for line in result.stderr.splitlines() if "HellaSwag" in line or "Hub" in line]
     assert len(warnings) == 1

@@ -52,23 +52,10 @@ def test_a_vocabulary_smaller_than_the_other_tensors_loads_too(tmp_path):
     torch.testing.assert_close(GPT.from_pretrained(str(tmp_path))(x), theirs(x).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def pretrained(tmp_path):
-    """A randomly initialised GPT-2 of `transformers`, and the folder it was saved to."""
-    torch.manual_seed(0)
-    config = GPT2Config(n_positions=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    theirs = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(0.1 * torch.randn_like(p))  # biases and LayerNorms that are not 0 and 1, logits far from uniform
-        theirs.transformer.ln_f.bias.add_(1.0)
-    theirs.save_pretrained(tmp_path / "hf")
-    return theirs, tmp_path / "hf"
-
-
 @pytest.mark.parametrize("chunked", [True, False])
 def test_logits_loss_and_gradients_agree_with_transformers(pretrained, chunked, monkeypatch):
     theirs, folder = pretrained
+    theirs.zero_grad()
     ours = GPT.from_pretrained(str(folder))
     if not chunked:  # the loss that accelerators take
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
