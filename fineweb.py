@@ -16,6 +16,7 @@ import ast
 import binascii
 import dataclasses
 import difflib
+import errno
 import gzip
 import hashlib
 import json
@@ -27,7 +28,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 import warnings
@@ -43,10 +43,13 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import numpy as np
 import tiktoken
+
+if TYPE_CHECKING:
+    from transformers import GPT2Tokenizer
 
 RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
 # Published by tiktoken, in openai_public.py.
@@ -148,6 +151,28 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that appears at `path` complete or not at all.
+
+    It is made as .NAME.unfinished beside it, which a killed run leaves to the next one; its files are flushed to the
+    disk before it is renamed. Raises OSError if something stands at `path` already.
+    """
+    temporary = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for name in os.listdir(temporary):
+            with open(temporary / name, "rb") as file:
+                os.fsync(file.fileno())
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "already there", str(path))
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def background(function: Callable, *args) -> Future:
     """Start function(*args) in a daemon thread, so that the program can end before it does."""
     future = Future()
@@ -200,6 +225,30 @@ def tokenizer() -> tiktoken.Encoding:
         special_tokens={"<|endoftext|>": END_OF_TEXT},
         explicit_n_vocab=N_VOCAB,
     )
+
+
+def fast_tokenizer(**kwargs) -> "GPT2Tokenizer":
+    """The GPT-2 encoding as a fast tokenizer of `transformers`, which takes the keyword arguments.
+
+    In a text, it takes <|endoftext|> for that token. Its merges are found by undoing the last one of each token.
+    """
+    from transformers import GPT2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    ranks = {tokenizer().decode_single_token_bytes(rank): rank for rank in range(END_OF_TEXT)}
+    letters = bytes_to_unicode()
+    names = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in ranks:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, N_VOCAB) for a, b in zip(parts, parts[1:], strict=False)]
+            first = joined.index(min(joined))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            merges.append((names[parts[0]], names[parts[1]]))
+    vocabulary = {names[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": END_OF_TEXT}
+    return GPT2Tokenizer(vocab=vocabulary, merges=merges, **kwargs)
 
 
 def encode_document(text: str) -> np.ndarray:
@@ -300,6 +349,11 @@ def open_shard(path: Path) -> np.ndarray:
     return tokens
 
 
+def pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """A shard in pieces that are small enough to work on in memory."""
+    return (tokens[start : start + 2**20] for start in range(0, len(tokens), 2**20))
+
+
 @dataclass
 class Manifest:
     """manifest.json: from what and how the shards beside it were made, and what is in them."""
@@ -358,10 +412,9 @@ class Manifest:
         """Enter a shard as it is on the disk, and where the next one begins; UserError if it is not one of GPT-2."""
         tokens, seen = open_shard(path), np.zeros(2**16, dtype=bool)
         seen[self.token_ids] = True
-        for start in range(0, len(tokens), 2**20):
-            chunk = tokens[start : start + 2**20]
-            seen[chunk] = True
-            self.documents += int(np.count_nonzero(chunk == END_OF_TEXT))
+        for piece in pieces(tokens):
+            seen[piece] = True
+            self.documents += int(np.count_nonzero(piece == END_OF_TEXT))
         self.token_ids = np.flatnonzero(seen).tolist()
         if seen[N_VOCAB:].any():
             raise UserError(f"{path} holds token {self.token_ids[-1]}, which GPT-2 does not have: replace the file")
@@ -397,6 +450,39 @@ def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, resume_at:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
         file.write(tokens.data)
     enter_shard(path, folder, manifest, resume_at, complete)
+
+
+def find_token_ids(paths: list[Path]) -> list[int]:
+    """The ids that occur in the shards of one folder, in ascending order.
+
+    They come from manifest.json if it is about these very shards. Else they are counted, and kept in token_ids.json
+    until a shard changes.
+    """
+    from tqdm import tqdm
+
+    folder, sizes = paths[0].parent, {path.name: len(open_shard(path)) for path in paths}
+    with suppress(UserError):
+        manifest = Manifest.load(folder)
+        if {shard["name"]: shard["tokens"] for shard in manifest.shards} == sizes:
+            return manifest.token_ids
+    cache, known = (
+        folder / "token_ids.json",
+        {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths},
+    )
+    with suppress(*DAMAGE):
+        cached = json.loads(cache.read_bytes())
+        if cached["shards"] == known and all(type(i) is int and 0 <= i < 2**16 for i in cached["token_ids"]):
+            return cached["token_ids"]
+    seen = np.zeros(2**16, dtype=bool)
+    with tqdm(total=sum(sizes.values()), desc="which tokens occur", unit="tok", unit_scale=True, disable=None) as bar:
+        for path in paths:
+            for piece in pieces(open_shard(path)):
+                seen[piece] = True
+                bar.update(len(piece))
+    token_ids = np.flatnonzero(seen).tolist()
+    with suppress(OSError), whole_file(cache) as file:  # it is no harm if the folder can't be written
+        file.write(json.dumps({"shards": known, "token_ids": token_ids}).encode())
+    return token_ids
 
 
 def show_progress(encoded: Iterable[tuple], manifest: Manifest) -> Iterator[tuple]:
@@ -698,13 +784,9 @@ def write_demo(out_dir: Path) -> None:
         return
     if out_dir.exists():
         raise UserError(f"{out_dir} is there already and holds no shards: remove it, or name another folder")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f"{out_dir.name}.") as folder:
-        shards = Path(folder, "shards")
-        shards.mkdir()
+    with whole_folder(out_dir) as folder:
         manifest = Manifest("demo", "", "", shard_tokens=40_000, max_tokens=None)
-        write_shards([([0, 0], 1.0, demo_documents())], shards, manifest)
-        shards.rename(out_dir)
+        write_shards([([0, 0], 1.0, demo_documents())], folder, manifest)
 
 
 # ---------------------------------------------------------------- command line

@@ -4,6 +4,7 @@
     python train_gpt2.py                                  # GPT-2 124M on one GPU, over the shards of fineweb.py
     torchrun --nproc_per_node=8 train_gpt2.py             # the same run, batch by batch, on eight
     python train_gpt2.py --sample --prompt "Once upon"    # text from the newest checkpoint
+    python train_gpt2.py --export my_gpt2                 # the newest checkpoint as a folder for `transformers`
 
 The same command again goes on from the newest checkpoint. Written to --out_dir: log.jsonl (one JSON object a line),
 curves.png, ckpt_STEP.pt.
@@ -115,6 +116,11 @@ class TrainConfig(Config):
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no limit", minimum=0, fixed=True)
     batch_tokens: int = option(2**19, "tokens per optimiser step, over all ranks", minimum=1, fixed=True)
     micro_batch: int = option(64, "sequences per forward pass on one device", minimum=1)
+    batch_ramp_steps: int = option(
+        0, "first steps, over which the tokens per step rise linearly; 0 = none", minimum=0, fixed=True
+    )
+    batch_ramp_from: int = option(2**15, "tokens at the ramp's start, which rise by as many", minimum=1, fixed=True)
+    mask_unseen: bool = option(False, "give no probability to tokens that occur nowhere in the shards", fixed=True)
     val_tokens: int = option(10_485_760, "tokens in a validation, or all if there are fewer", minimum=1)
     eval_every: int = option(250, "steps between validations; 0 = never", minimum=0)
     hellaswag_every: int = option(250, "steps between HellaSwag evaluations; 0 = never", minimum=0)
@@ -135,6 +141,9 @@ class TrainConfig(Config):
             raise ValueError(f"--warmup_steps {self.warmup_steps} must be below --max_steps {self.max_steps}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr} must not be above --max_lr {self.max_lr}")
+        if self.batch_ramp_steps and self.batch_ramp_from > self.batch_tokens:
+            first = f"--batch_ramp_from {self.batch_ramp_from}"
+            raise ValueError(f"{first} must not be above --batch_tokens {self.batch_tokens}")
 
 
 @dataclass(frozen=True)
@@ -148,12 +157,13 @@ class SampleConfig(Config):
     temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", minimum=0)
 
 
-# What --demo changes: a step of 2,048 tokens takes 0.7 s on two CPU cores.
+# What --demo changes: a step takes 0.2 s on two CPU cores.
 DEMO = {
     "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False,
     "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
-    "max_steps": 170, "warmup_steps": 20, "max_lr": 4e-3, "min_lr": 4e-4, "batch_tokens": 2048, "micro_batch": 8,
-    "val_tokens": 40_000, "eval_every": 34, "hellaswag_every": 0, "sample_every": 170, "save_every": 85,
+    "max_steps": 510, "warmup_steps": 40, "max_lr": 4e-3, "min_lr": 4e-4, "batch_tokens": 2048, "micro_batch": 8,
+    "batch_ramp_from": 256, "mask_unseen": True,
+    "val_tokens": 40_000, "eval_every": 102, "hellaswag_every": 0, "sample_every": 255, "save_every": 255,
     "prompt": "This function returns",
 }  # fmt: skip
 
@@ -166,7 +176,9 @@ def command_line() -> fineweb.Parser:
         epilog="A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks, "
         "--micro_batch, what is measured, sampled and saved and when, and, with --extend, a larger --max_steps.",
     )
-    parser.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
+    modes.add_argument("--export", metavar="DIR", help="write the same model as a new folder for transformers")
     for config in (TrainConfig, GPTConfig, SampleConfig):
         group = parser.add_argument_group(config.__name__)
         for f in dataclasses.fields(config):
@@ -252,6 +264,10 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+# Weights that `transformers` keeps as (in, out), nn.Linear as (out, in).
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
 class GPT(nn.Module):
     """GPT-2 on the CPU; weights are drawn from `seed` alone, or, if it is None, left for load_state_dict to fill."""
 
@@ -271,6 +287,7 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device="cpu")
         self.lm_head.weight = self.transformer.wte.weight
+        self.allow(range(config.n_vocab))
         if seed is not None:
             self.init_weights(torch.Generator().manual_seed(seed))
 
@@ -287,6 +304,27 @@ class GPT(nn.Module):
                 p.fill_(1.0)
         self.transformer.wte.weight[self.config.n_vocab :] = 0
 
+    def allow(self, token_ids: Iterable[int]) -> None:
+        """Give a probability to these tokens only; ValueError unless they are some of the n_vocab."""
+        ids = sorted(token_ids)
+        if not ids or ids[0] < 0 or ids[-1] >= self.config.n_vocab:
+            raise ValueError(f"{len(ids)} ids for a mask of a vocabulary of {self.config.n_vocab}")
+        # Added to the logits, in a matrix product at no cost: 0, or minus infinity to stay out of the softmax.
+        bias = torch.full((self.config.vocab_size,), -math.inf)
+        bias[ids] = 0
+        self.register_buffer("token_bias", bias.to(self.lm_head.weight.device), persistent=False)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The tokens that can have a probability, in ascending order."""
+        return (self.token_bias == 0).nonzero()[:, 0]
+
+    def crop(self, block_size: int) -> None:
+        """Forget the positions from block_size on."""
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        kept = self.transformer.wpe.weight[:block_size].detach().clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
+
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The last block's output after ln_f (B, T, C) for token ids (B, T).
 
@@ -301,23 +339,27 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C); minus infinity for the padded rows."""
-        # A bias takes the padded rows out of the softmax; in a matrix product it costs nothing.
-        bias = hidden.new_zeros(self.config.vocab_size)
-        bias[self.config.n_vocab :] = -math.inf
-        return F.linear(hidden, self.lm_head.weight, bias)
+        """Logits (..., V) of hidden states (..., C); minus infinity for tokens that are not allowed."""
+        return F.linear(hidden, self.lm_head.weight, self.token_bias)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the targets (B, T) after hidden states (B, T, C)."""
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        if hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+            ids = self.token_ids
+            if len(ids) == self.config.n_vocab:
+                return HeadLoss.apply(hidden, self.lm_head.weight[: len(ids)], targets)
+            # A smaller head: the rows of these tokens alone, among which a target stands somewhere else.
+            rows = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
+            loss = HeadLoss.apply(hidden, self.lm_head.weight.index_select(0, ids), rows)
+            return torch.where((ids[rows] == targets).all(), loss, math.inf)
+        chunks = zip(hidden.split(self.ROWS), targets.split(self.ROWS), strict=True)
+        return sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in chunks) / len(targets)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for token ids (B, T), T <= block_size; with targets (B, T), mean cross-entropy in nats."""
         hidden = self.hidden(tokens)
-        if targets is None:
-            return self.logits(hidden)
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-            weight = self.lm_head.weight[: self.config.n_vocab]
-            return HeadLoss.apply(hidden, weight, targets)
-        chunks = zip(hidden.split(self.ROWS), targets.split(self.ROWS), strict=True)
-        return sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in chunks) / len(targets)
+        return self.logits(hidden) if targets is None else self.loss(hidden, targets)
 
     def num_parameters(self) -> int:
         """Weights that take part: the tied embedding once, without its padded rows."""
@@ -331,7 +373,7 @@ class GPT(nn.Module):
         Raises UserError when the weights can't be had or are not those of a GPT-2.
         """
         from huggingface_hub.utils import logging as hub_logging
-        from transformers import GPT2LMHeadModel
+        from transformers import GPT2Config, GPT2LMHeadModel
         from transformers import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
@@ -348,29 +390,56 @@ class GPT(nn.Module):
             raise UserError(f"{refused}: it lacks {lacking[0]}, as GPT-2 has it")
         if c.vocab_size > N_VOCAB:
             raise UserError(f"{refused}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
-        plain = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
-                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                 "tie_word_embeddings": True}  # fmt: skip
-        for key, value in plain.items():
-            if getattr(c, key) != value:
-                raise UserError(f"{refused}: its {key} is {getattr(c, key)!r}, GPT-2 has {value!r}")
+        for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights",
+                    "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):  # fmt: skip
+            if getattr(c, key) != getattr(GPT2Config(), key):
+                raise UserError(
+                    f"{refused}: its {key} is {getattr(c, key)!r}, GPT-2 has {getattr(GPT2Config(), key)!r}"
+                )
         vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
         model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd), seed=None)
         ours = model.state_dict()
         for name, w in theirs.state_dict().items():
-            # transformers keeps these as (in, out), nn.Linear as (out, in).
-            w = w.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
+            w = w.T if name.endswith(CONV1D) else w
             ours[name][: len(w)], ours[name][len(w) :] = w, 0
         return model
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Fill a folder as `transformers` does: weights, configuration and tokenizer of a GPT2LMHeadModel.
+
+        What token_ids leaves out becomes `suppress_tokens`, which holds for generate() only. Raises UserError if the
+        vocabulary is not GPT-2's.
+        """
+        from safetensors.torch import save_file
+        from transformers import GenerationConfig, GPT2Config
+
+        c = self.config
+        if c.n_vocab < N_VOCAB:
+            raise UserError(f"cannot export a model with {c.n_vocab} tokens: the tokenizer has {N_VOCAB}")
+        weights = {name: w.T if name.endswith(CONV1D) else w for name, w in self.transformer.state_dict().items()}
+        weights["wte.weight"] = weights["wte.weight"][:N_VOCAB]
+        weights = {f"transformer.{name}": w.cpu().contiguous() for name, w in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        ends = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+        GPT2Config(
+            vocab_size=N_VOCAB, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, architectures=["GPT2LMHeadModel"], dtype="float32", **ends,
+        ).save_pretrained(folder)  # fmt: skip
+        # In the names of GenerationConfig; its own longest text, 256 new tokens in a pipeline, is for 1,024 positions.
+        unseen = sorted({*range(N_VOCAB)}.difference(self.token_ids.tolist())) or None
+        longest = c.block_size if c.block_size < 1024 else None
+        generation = GenerationConfig(pad_token_id=END_OF_TEXT, max_length=longest, suppress_tokens=unseen, **ends)
+        generation.save_pretrained(folder)
+        fineweb.fast_tokenizer(model_max_length=c.block_size).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------- data
 
 
 def find_shards(data_dir: str, split: str) -> list[Path]:
-    """The shards of a split, in order; UserError if there are none."""
+    """The shards of a split, "train", "val" or "train|val", in order; UserError if there are none."""
     names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
-    paths = [Path(data_dir, name) for name in sorted(names) if re.search(rf"_{split}_\d+\.(npy|bin)$", name)]
+    paths = [Path(data_dir, name) for name in sorted(names) if re.search(rf"_({split})_\d+\.(npy|bin)$", name)]
     if not paths:
         mend = "run `python fineweb.py` first, or try `python train_gpt2.py --demo`"
         raise UserError(f"no {split} shards in {data_dir}: {mend}")
@@ -381,11 +450,13 @@ class Sequences:
     """The sequences of a split, "train" or "val": block_size + 1 tokens from each multiple of block_size in a shard.
 
     A sequence's last token is the next one's first; none crosses the end of its shard. Raises UserError if the folder
-    has no shards of the split, or none as long as a sequence.
+    has no shards of the split, or none as long as a sequence. Only `token_ids`, all if None, may occur.
     """
 
-    def __init__(self, data_dir: str, split: str, config: GPTConfig):
+    def __init__(self, data_dir: str, split: str, config: GPTConfig, token_ids: list[int] | None = None):
         self.config = config
+        self.known = np.zeros(2**16, dtype=bool)
+        self.known[range(config.n_vocab) if token_ids is None else token_ids] = True
         self.paths = find_shards(data_dir, split)
         self.shards = [fineweb.open_shard(path) for path in self.paths]
         self.n_tokens = sum(len(shard) for shard in self.shards)
@@ -402,15 +473,16 @@ class Sequences:
         return int(self.ends[-1])
 
     def read(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (number of indices, block_size) int64; UserError on an id beyond the vocabulary."""
+        """Inputs and targets, each (number of indices, block_size) int64; UserError on an id that may not occur."""
         T = self.config.block_size
         rows = []
         for i in indices:
             s = int(np.searchsorted(self.ends, i, side="right"))
             start = (int(i) - (int(self.ends[s - 1]) if s else 0)) * T
             row = self.shards[s][start : start + T + 1]
-            if (largest := row.max()) >= self.config.n_vocab:
-                raise UserError(f"{self.paths[s]} holds token {largest}, the model knows {self.config.n_vocab}")
+            if not (known := self.known[row]).all():
+                n = np.count_nonzero(self.known)
+                raise UserError(f"{self.paths[s]} holds token {row[~known][0]}, which is none of the model's {n}")
             rows.append(row)
         both = torch.from_numpy(np.stack(rows).astype(np.int64))  # (n, T + 1)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
@@ -422,26 +494,52 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.RandomState([seed, epoch]).permutation(n)
 
 
+def batch_tokens(step: int, config: TrainConfig) -> int:
+    """Tokens of the update that makes `step` of them: multiples of batch_ramp_from on the ramp, then batch_tokens."""
+    done, ramp, first = step - 1, config.batch_ramp_steps, config.batch_ramp_from
+    if done >= ramp:
+        return config.batch_tokens
+    return first + (config.batch_tokens - first) * done // (ramp * first) * first
+
+
+def tokens_before(step: int, config: TrainConfig) -> int:
+    """Tokens of all updates before that one, without a walk over them."""
+    n, ramp, first = min(step - 1, config.batch_ramp_steps), config.batch_ramp_steps, config.batch_ramp_from
+    total = n * first + (step - 1 - n) * config.batch_tokens
+    # Each level above the first adds batch_ramp_from to the updates from the one that reaches it to the ramp's end.
+    for level in range(1, batch_tokens(n, config) // first if n else 0):
+        reached = -(-level * ramp * first // (config.batch_tokens - first))  # rounded up
+        total += (n - reached) * first
+    return total
+
+
 def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, size: int) -> list[tuple[Tensor, Tensor]]:
     """One rank's micro-batches, inputs and targets (micro_batch, T) each, of the update that makes `step` of them.
 
-    All ranks together read sequences (step - 1) S to step S - 1 of the endless row of shuffled epochs, S being
-    batch_tokens / T; so who reads what depends on nothing but the arguments.
+    All ranks together read the next S sequences of the endless row of shuffled epochs, S being batch_tokens(step) / T;
+    so who reads what depends on nothing but the arguments.
     """
-    S = config.batch_tokens // data.config.block_size
-    positions = np.arange((step - 1) * S + rank * S // size, (step - 1) * S + (rank + 1) * S // size)
+    S, first = (n // data.config.block_size for n in (batch_tokens(step, config), tokens_before(step, config)))
+    positions = np.arange(first + rank * S // size, first + (rank + 1) * S // size)
     epochs, offsets = positions // len(data), positions % len(data)
     orders = ((epoch_order(config.seed, int(e), len(data)), offsets[epochs == e]) for e in np.unique(epochs))
     x, y = data.read(np.concatenate([order[chosen] for order, chosen in orders]))
-    return list(zip(x.split(config.micro_batch), y.split(config.micro_batch), strict=True))
+    # On the ramp, what divides all its updates: so there are two shapes in all, which torch.compile has to see.
+    unit = config.batch_ramp_from if step <= config.batch_ramp_steps else config.batch_tokens
+    micro_batch = math.gcd(config.micro_batch, unit // data.config.block_size // size)
+    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
 
 
 def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
     """Raise UserError unless ranks and micro-batch divide a step's tokens, and say what would."""
-    together = config.micro_batch * block_size * ranks
+    smallest, together = block_size * ranks, config.micro_batch * block_size * ranks
+    if config.batch_ramp_steps and config.batch_ramp_from % smallest:
+        first = f"--batch_ramp_from {config.batch_ramp_from} is not a multiple of --block_size {block_size}"
+        nearest = math.ceil(config.batch_ramp_from / smallest) * smallest
+        raise UserError(f"{first} x {ranks} ranks: take {nearest}", status=2)
     if config.batch_tokens % together == 0:
         return
-    sequences, rest = divmod(config.batch_tokens, block_size * ranks)
+    sequences, rest = divmod(config.batch_tokens, smallest)
     if rest:
         nearest = max(1, (config.batch_tokens + together // 2) // together) * together
         mend = f"no micro-batch would do; take --batch_tokens {nearest}"
@@ -618,7 +716,9 @@ def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> 
     for i in range(0, len(mine), config.micro_batch):
         x, y = data.read(mine[i : i + config.micro_batch])
         with world.autocast():
-            losses.append(model(world.move(x), world.move(y)) * len(x))
+            hidden = model.hidden(world.move(x))
+        # Not in bfloat16, which has steps of 0.5 where OpenAI's logits lie.
+        losses.append(model.loss(hidden.float(), world.move(y)) * len(x))
     mine_total = sum(torch.stack(losses).tolist()) if losses else 0.0
     total, sequences = world.sum(mine_total, len(mine))
     return total / sequences, int(sequences) * T
@@ -678,9 +778,11 @@ def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, con
     path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
     with whole_file(path) as file:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        configs = {"GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}
+        state |= {"GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}
+        if config.mask_unseen:
+            state["token_ids"] = model.token_ids.tolist()
         try:
-            torch.save(state | configs, file)
+            torch.save(state, file)
         except RuntimeError as error:  # torch's writer hides the reason, a full disk say, in the context
             raise UserError(f"cannot write {path}: {one_line(error.__context__ or error)}") from None
     for old in find_checkpoints(config.out_dir)[:-2]:
@@ -706,6 +808,8 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
         model.load_state_dict(checkpoint["model"])
+        if checkpoint["TrainConfig"].get("mask_unseen"):
+            model.allow(checkpoint["token_ids"])
         dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
         step, named = checkpoint["step"], re.fullmatch(r"ckpt_(\d+)", path.stem)
         if not isinstance(step, int) or (named and int(named[1]) != step):
@@ -713,24 +817,33 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
     return model, checkpoint
 
 
-def load_model(source: str) -> GPT:
-    """The model of a checkpoint, of the newest one in a folder, or what GPT.from_pretrained() takes."""
+def load_model(source: str, block_size: int | None = None) -> GPT:
+    """The model of a checkpoint, of the newest one in a folder, or what GPT.from_pretrained() takes.
+
+    A block_size takes away the positions from there on; UserError if there are fewer.
+    """
     path = Path(source)
     found = find_checkpoints(source) or [path] * path.is_file()
-    return load_checkpoint(found[-1])[0] if found else GPT.from_pretrained(source)
+    model = load_checkpoint(found[-1])[0] if found else GPT.from_pretrained(source)
+    if block_size and block_size > (longest := model.config.block_size):
+        raise UserError(
+            f"--block_size {block_size} is above the {longest} positions of {source}: take at most {longest}", 2
+        )
+    model.crop(block_size or model.config.block_size)
+    return model
 
 
 def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: TrainConfig) -> None:
     """Raise UserError, naming the field, if the run that wrote the checkpoint had other settings where it matters."""
-    # Pretrained weights bring their own shape, whatever the flags are.
-    for now in (config, gpt_config) if config.init_from == "scratch" else (config,):
+    for now in (config, gpt_config):
         saved = checkpoint[type(now).__name__]
         for f in dataclasses.fields(now):
             was, value = saved.get(f.name, f.default), getattr(now, f.name)
             grows = f.name == "max_steps" and value > was
             if value == was or not f.metadata["fixed"] or (grows and config.extend):
                 continue
-            mend = f"give --{f.name} {was} to go on with it{', --extend to let it grow' if grows else ''}"
+            flag = f"--{f.name} {was}" if f.type is not bool else f"--{'' if was else 'no-'}{f.name}"
+            mend = f"give {flag} to go on with it{', --extend to let it grow' if grows else ''}"
             found = f"--{f.name} is {value}, but {was} in the run in {config.out_dir}"
             raise UserError(f"{found}: {mend}, or another --out_dir", status=2)
 
@@ -787,6 +900,7 @@ def draw_curves(log_path: Path, picture: Path) -> None:
 
     events = read_log(log_path)
     start = list(events["start"].values())[-1]
+    config = TrainConfig(**{f.name: start[f.name] for f in dataclasses.fields(TrainConfig) if f.name in start})
     panels = 2 if "hellaswag" in events else 1
     figure = Figure(figsize=(9, 2 + 3.5 * panels), dpi=130, layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
@@ -794,7 +908,7 @@ def draw_curves(log_path: Path, picture: Path) -> None:
     def curve(axis, event: str, key: str, label: str, **style) -> None:
         entries = sorted(events.get(event, {}).items())
         if entries:
-            x = [step * start["batch_tokens"] for step, _ in entries]
+            x = [tokens_before(step + 1, config) for step, _ in entries]
             axis.plot(x, [e[key] for _, e in entries], label=label.format(entries[-1][1][key]), **style)
 
     def reference(axis, value: float, text: str) -> None:
@@ -849,7 +963,9 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     step_model: nn.Module = model
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
-        step_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        step_model = DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     if config.compile and can_compile(world):
         step_model = torch.compile(step_model, dynamic=False)
     return step_model
@@ -875,20 +991,40 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
     return world.mean(total), norm
 
 
-def start_or_resume(gpt_config: GPTConfig, config: TrainConfig, world: World) -> tuple[GPT, torch.optim.AdamW, int]:
+def which_tokens(config: TrainConfig, gpt_config: GPTConfig, world: World) -> list[int]:
+    """The tokens that the model may give a probability: all, or, with --mask_unseen, those in the shards."""
+    if not config.mask_unseen:
+        return list(range(gpt_config.n_vocab))
+    found = fineweb.find_token_ids(find_shards(config.data_dir, "train|val")) if world.is_main else []
+    if found and found[-1] >= gpt_config.n_vocab:
+        raise UserError(f"{config.data_dir} holds token {found[-1]}, the model knows {gpt_config.n_vocab}")
+    return np.flatnonzero(world.sum(*np.bincount(found, minlength=gpt_config.n_vocab))).tolist()
+
+
+def start_or_resume(
+    gpt_config: GPTConfig | None, config: TrainConfig, world: World
+) -> tuple[GPT, torch.optim.AdamW, int]:
     """Model, optimiser and step of the newest checkpoint in --out_dir, or of a new run if there is none.
 
-    Raises UserError if what is there does not fit the flags.
+    Weights of --init_from have a shape of their own, whose positions alone may be fewer; without a gpt_config, all are
+    kept. Raises UserError if what is there does not fit the flags.
     """
+    pretrained = config.init_from != "scratch"
     found = find_checkpoints(config.out_dir)
     if not config.resume and (found or (Path(config.out_dir) / "log.jsonl").exists()):
         raise UserError(f"--no-resume, and {config.out_dir} holds a run already: give another --out_dir", status=2)
     if not found:
-        pretrained = config.init_from != "scratch"
-        model = load_model(config.init_from) if pretrained else GPT(gpt_config, config.seed)
+        if pretrained:
+            model = load_model(config.init_from, gpt_config and gpt_config.block_size)
+        else:
+            model = GPT(gpt_config, config.seed)
+        model.allow(which_tokens(config, model.config, world))
         model.to(world.device)
         return model, make_optimizer(model, config), 0
     model, checkpoint = load_checkpoint(found[-1])
+    if pretrained:
+        changed = {"block_size": gpt_config.block_size} if gpt_config else {}
+        gpt_config = dataclasses.replace(model.config, **changed)
     check_same_run(checkpoint, gpt_config, config)
     optimizer = make_optimizer(model.to(world.device), config)
     with reading(found[-1]):
@@ -927,7 +1063,7 @@ def due(step: int, every: int, config: TrainConfig) -> bool:
     return every > 0 and (step % every == 0 or step == config.max_steps)
 
 
-def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
+def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
     """Train from the newest checkpoint, or from the start, to max_steps."""
     if config.demo and world.is_main:
         fineweb.write_demo(Path(config.data_dir))
@@ -938,8 +1074,9 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
     check_batch(config, model.config.block_size, world.size)
     if config.sample_every:
         encode_prompt(sample_config, model.config)  # better to hear of a bad flag now
-    data = Sequences(config.data_dir, "train", model.config)
-    val_data = Sequences(config.data_dir, "val", model.config) if config.eval_every else None
+    token_ids = model.token_ids.tolist()
+    data = Sequences(config.data_dir, "train", model.config, token_ids)
+    val_data = Sequences(config.data_dir, "val", model.config, token_ids) if config.eval_every else None
 
     out_dir = Path(config.out_dir)
     if start:
@@ -949,6 +1086,7 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
     facts = {
         "torch": torch.__version__, "device": device, "world_size": world.size, "commit": git_commit(),
         "parameters": model.num_parameters(), "train_tokens": data.n_tokens, "data": data.paths[0].name.split("_")[0],
+        "tokens_allowed": len(token_ids),
     }  # fmt: skip
     settings = {name: value for c in (model.config, config, sample_config) for name, value in vars(c).items()}
     log.write("start", start, **settings | facts)
@@ -956,7 +1094,8 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
         f"GPT-2 with {model.num_parameters():,} parameters on {world.size} x {device}, {str(world.dtype)[6:]}; "
         f"{data.n_tokens:,} tokens in {config.data_dir}; step {start} to {config.max_steps}; files in {config.out_dir}"
     )
-    step_model = make_step_model(model, config, world)
+    if config.mask_unseen:
+        world.say(f"{len(token_ids):,} of {model.config.n_vocab:,} tokens occur; the others get no probability")
     examples = load_hellaswag(config, model.config, world) if config.hellaswag_every else None
 
     def look(step: int) -> None:
@@ -979,8 +1118,10 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
 
     if start == 0 or start == config.max_steps:
         look(start)
+    step_model = make_step_model(model, config, world) if start < config.max_steps else model
     peak, flops = peak_flops(world.device, world.dtype), flops_per_token(model)
-    recent: deque[float] = deque(maxlen=20)
+    recent: deque[float] = deque(maxlen=20)  # tokens per second
+    end = tokens_before(config.max_steps + 1, config)
     steps = range(start + 1, config.max_steps + 1)
     load = partial(step_batches, data=data, config=config, rank=world.rank, size=world.size)
     batches = fineweb.prefetch(load, steps)
@@ -990,31 +1131,49 @@ def train(gpt_config: GPTConfig, config: TrainConfig, sample_config: SampleConfi
         loss, norm = train_step(step_model, optimizer, next(batches), lr, config.grad_clip, world)
         loss, norm = loss.item(), norm.item()  # waits for the device, so that the clock is right
         seconds = time.perf_counter() - began
-        recent.append(seconds)
-        rate = config.batch_tokens / seconds
+        tokens = batch_tokens(step, config)
+        rate = tokens / seconds
+        recent.append(rate)
         mfu = rate * flops / (peak * world.size) if peak else None
-        log.write("train", step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_s=rate, mfu=mfu)
-        left = timedelta(seconds=round((config.max_steps - step) * statistics.median(recent)))
+        measured = {"ms": 1000 * seconds, "tokens": tokens, "tokens_per_s": rate, "mfu": mfu}
+        log.write("train", step, loss=loss, lr=lr, grad_norm=norm, **measured)
+        left = timedelta(seconds=round((end - tokens_before(step + 1, config)) / statistics.median(recent)))
         world.say(
             f"step {step:5d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-            f"{1000 * seconds:.0f} ms | {rate:,.0f} tokens/s | {f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
+            f"{tokens:,} tokens in {1000 * seconds:.0f} ms, {rate:,.0f}/s | "
+            f"{f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
         )
         look(step)
     files = [log.path, out_dir / "curves.png", *find_checkpoints(config.out_dir)[-1:]]
     world.say(f"written: {', '.join(str(path) for path in files if path.exists())}")
 
 
-def sample(config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
-    """Print samples from the newest checkpoint, or from --init_from, on stdout."""
-    source = config.init_from
-    if source == "scratch":
-        if not (found := find_checkpoints(config.out_dir)):
-            raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
-        source = str(found[-1])
-    texts = sample_texts(load_model(source).to(world.device), sample_config, config.seed, world)
+def chosen_model(gpt_config: GPTConfig | None, config: TrainConfig) -> tuple[GPT, str]:
+    """The newest checkpoint's model, or that of --init_from, and where it comes from."""
+    if config.init_from != "scratch":
+        return load_model(config.init_from, gpt_config and gpt_config.block_size), config.init_from
+    if not (found := find_checkpoints(config.out_dir)):
+        raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
+    return load_model(str(found[-1])), str(found[-1])
+
+
+def sample(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
+    """Print samples on stdout."""
+    model, source = chosen_model(gpt_config, config)
+    texts = sample_texts(model.to(world.device), sample_config, config.seed, world)
     for i, text in enumerate(texts, 1):
         print(f"--- sample {i} of {len(texts)} from {source}", file=sys.stderr, flush=True)
         print(text, flush=True)
+
+
+def export(gpt_config: GPTConfig | None, config: TrainConfig, folder: Path) -> None:
+    """Write a model as a folder for `transformers`, whole or not at all; UserError if something stands there."""
+    if os.path.lexists(folder):
+        raise UserError(f"--export {folder}: that is there already, name a folder that isn't", status=2)
+    model, source = chosen_model(gpt_config, config)
+    with fineweb.whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+    print(f"{folder}: {source} as transformers loads it", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- command line
@@ -1031,15 +1190,22 @@ def main(argv: list[str] | None = None) -> None:
         )
     except ValueError as error:
         raise UserError(str(error), status=2) from None
-    shape = [f"--{f.name}" for f in dataclasses.fields(GPTConfig) if f.name in flags]
-    if config.init_from != "scratch" and shape:
-        raise UserError(f"{shape[0]} can't be chosen with --init_from {config.init_from}, which has its own", status=2)
+    if config.init_from != "scratch":
+        shape = [f"--{f.name}" for f in dataclasses.fields(GPTConfig) if f.name in flags and f.name != "block_size"]
+        if shape:
+            raise UserError(f"{shape[0]} can't be chosen: --init_from {config.init_from} has its own", status=2)
+        if "block_size" not in settings:
+            gpt_config = None
     with join_world(config) as world:
         try:
-            if not flags["sample"]:
+            if flags["export"] is not None:
+                if world.is_main:
+                    export(gpt_config, config, Path(flags["export"]))
+            elif flags["sample"]:
+                if world.is_main:
+                    sample(gpt_config, config, sample_config, world)
+            else:
                 train(gpt_config, config, sample_config, world)
-            elif world.is_main:
-                sample(config, sample_config, world)
         except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no exception of its own
             named = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not named and not re.search("allocate memory|Storage size", str(error)):
