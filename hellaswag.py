@@ -193,8 +193,8 @@ class HellaSwag:
         """The JSON object that is reported, from the scores (n, 4) of evaluate()."""
         n, result = len(self.labels), {"style": self.style}
         for name, values in (("acc", scores), ("acc_norm", self.normalized(scores))):
-            # Scores that are not numbers are never right.
-            p = result[name] = float(np.mean((values.argmax(1) == self.labels) & ~np.isnan(values).any(1)))
+            # Scores that are not numbers are never right, nor is an ending among four that are impossible.
+            p = result[name] = float(np.mean((values.argmax(1) == self.labels) & np.isfinite(values.max(1))))
             result[f"{name}_stderr"] = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
         return result | {"normalization": UNIT[self.style], "examples": n}
 
@@ -281,19 +281,19 @@ def main(argv: list[str] | None = None) -> None:
         began = time.perf_counter()
         scores = evaluate(model, data, world, progress=True)
         seconds = time.perf_counter() - began
-        if not np.isfinite(scores).all():
-            raise UserError(f"--model {args.model}: a score is not finite, so its weights are damaged")
+        if np.isnan(scores).any():
+            raise UserError(f"--model {args.model}: a score is not a number, so its weights are damaged")
         if not world.is_main:
             return
         print(json.dumps({"model": args.model} | data.summary(scores) | {"seconds": round(seconds, 2)}), flush=True)
         if each:
             with fineweb.whole_file(each) as file:
-                for example, sums, norms in zip(examples, scores, data.normalized(scores), strict=True):
-                    entry = {
-                        "row": example.row, "label": example.label, "scores": sums.tolist(),
-                        "scores_norm": [x if math.isfinite(x) else None for x in norms.tolist()],
-                        "prediction": int(sums.argmax()), "prediction_norm": int(norms.argmax()),
-                    }  # fmt: skip
+                for example, *both in zip(examples, scores, data.normalized(scores), strict=True):
+                    entry = {"row": example.row, "label": example.label}
+                    for name, values in zip(("", "_norm"), both, strict=True):
+                        # An impossible ending has null: JSON has no infinity.
+                        entry[f"scores{name}"] = [x if math.isfinite(x) else None for x in values.tolist()]
+                        entry[f"prediction{name}"] = int(values.argmax())
                     file.write((json.dumps(entry) + "\n").encode())
 
 

@@ -307,7 +307,7 @@ class GPT(nn.Module):
     def allow(self, token_ids: Iterable[int]) -> None:
         """Give a probability to these tokens only; ValueError unless they are some of the n_vocab."""
         ids = sorted(token_ids)
-        if not ids or ids[0] < 0 or ids[-1] >= self.config.n_vocab:
+        if not ids or ids[0] < 0 or ids[-1] >= self.config.n_vocab or any(type(i) is not int for i in ids):
             raise ValueError(f"{len(ids)} ids for a mask of a vocabulary of {self.config.n_vocab}")
         # Added to the logits, in a matrix product at no cost: 0, or minus infinity to stay out of the softmax.
         bias = torch.full((self.config.vocab_size,), -math.inf)
@@ -442,7 +442,7 @@ def find_shards(data_dir: str, split: str) -> list[Path]:
     paths = [Path(data_dir, name) for name in sorted(names) if re.search(rf"_({split})_\d+\.(npy|bin)$", name)]
     if not paths:
         mend = "run `python fineweb.py` first, or try `python train_gpt2.py --demo`"
-        raise UserError(f"no {split} shards in {data_dir}: {mend}")
+        raise UserError(f"no {split.replace('|', ' or ')} shards in {data_dir}: {mend}")
     return paths
 
 

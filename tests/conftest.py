@@ -88,6 +88,27 @@ def run_script(argv: list, ranks: int = 1, timeout: float = 150, **kwargs) -> su
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
+def stop_after(step, flags):
+    """Run until the checkpoint of `step` is written, then leave by an exception."""
+
+    class Stop(BaseException):
+        pass
+
+    real = train_gpt2.save_checkpoint
+
+    def save(model, optimizer, at, config):
+        real(model, optimizer, at, config)
+        if at == step:
+            raise Stop
+
+    train_gpt2.save_checkpoint = save
+    try:
+        with pytest.raises(Stop):
+            run_train(flags)
+    finally:
+        train_gpt2.save_checkpoint = real
+
+
 def losses(out_dir) -> dict[int, float]:
     """The logged training losses of a run, by step."""
     return {step: entry["loss"] for step, entry in train_gpt2.read_log(Path(out_dir) / "log.jsonl")["train"].items()}
@@ -131,11 +152,11 @@ def pretrained(tmp_path_factory):
 
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
-ROUTE = re.compile(r"/datasets/(?P<dataset>[\w.-]+/[\w.-]+)/resolve/(?P<revision>\w+)/(?P<path>.+)")
+ROUTE = re.compile(r"/(?:datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)/resolve/(?P<revision>\w+)/(?P<path>.+)")
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves datasets, {"owner/name": {"path": bytes}}, as the Hugging Face Hub does.
+    """Serves datasets, {"owner/name": {"path": bytes}}, and files of models as the Hugging Face Hub does.
 
     `fault` is called with each request to a file, and may answer it by itself, in which case it returns True;
     `before_listing` before the list of files is given.
@@ -192,7 +213,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(json.dumps(entries).encode())
         elif match := ROUTE.fullmatch(path):
             name = match["path"]
-            content = self.server.datasets[match["dataset"]].get(name)
+            content = self.server.datasets.get(match["repo"], {}).get(name)
             if self.server.fault(self, name):
                 return
             if content is None:

@@ -351,7 +351,7 @@ def test_broken_weights_are_refused(tmp_path, alone):
     theirs.save_pretrained(tmp_path / "hf")
     status, out, err = alone(tmp_path / "hf", tmp_path / "rows.jsonl")
     assert (status, out) == (1, "")
-    assert "a score is not finite" in err.splitlines()[-1]
+    assert "a score is not a number" in err.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- from the Hub

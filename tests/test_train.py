@@ -18,6 +18,7 @@ from conftest import (
     run_script,
     run_train,
     start_script,
+    stop_after,
     tiny_flags,
     write_shards,
 )
@@ -235,27 +236,6 @@ def continue_from(step, shards, tmp_path, **changes):
     assert list(kept) == list(range(1, step + 1))
     assert run_train(flags) == 0
     return out, kept
-
-
-def stop_after(step, flags):
-    """Run until the checkpoint of `step` is written, then leave by an exception."""
-
-    class Stop(BaseException):
-        pass
-
-    real = train_gpt2.save_checkpoint
-
-    def save(model, optimizer, at, config):
-        real(model, optimizer, at, config)
-        if at == step:
-            raise Stop
-
-    train_gpt2.save_checkpoint = save
-    try:
-        with pytest.raises(Stop):
-            run_train(flags)
-    finally:
-        train_gpt2.save_checkpoint = real
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])  # step 3 and step 5 hold the ends of epochs
