@@ -1191,10 +1191,10 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise UserError(str(error), status=2) from None
     if config.init_from != "scratch":
-        shape = [f"--{f.name}" for f in dataclasses.fields(GPTConfig) if f.name in flags and f.name != "block_size"]
-        if shape:
-            raise UserError(f"{shape[0]} can't be chosen: --init_from {config.init_from} has its own", status=2)
-        if "block_size" not in settings:
+        for f in dataclasses.fields(GPTConfig):
+            if f.name in flags and f.name != "block_size":
+                raise UserError(f"--{f.name} can't be chosen: --init_from {config.init_from} has its own", status=2)
+        if "block_size" not in flags:
             gpt_config = None
     with join_world(config) as world:
         try:

@@ -18,6 +18,7 @@ from fineweb import END_OF_TEXT, tokenizer
 from train_gpt2 import GPT, SampleConfig, find_checkpoints, generate, load_model, read_log
 
 PROMPT = "A man is sitting on a roof."
+STEPS = {"warmup_steps": 0, "batch_tokens": 256}  # which is four sequences of the pretrained model
 
 
 @pytest.fixture(scope="session")
@@ -28,16 +29,10 @@ def exported(tmp_path_factory, pretrained):
     (folder / "data").mkdir()
     for name in ("val_000000", "train_000001"):
         np.save(folder / "data" / f"text_{name}.npy", tokens)
-    flags = tiny_flags(folder / "data", folder / "log", init_from=pretrained[1], max_steps=2, warmup_steps=1)
-    assert run_train(without_shape(flags) + ["--batch_tokens", "256"]) == 0
+    flags = tiny_flags(folder / "data", folder / "log", init_from=pretrained[1], max_steps=2, **STEPS)
+    assert run_train(flags) == 0
     assert run_train(["--export", folder / "out", "--out_dir", folder / "log"]) == 0
     return folder
-
-
-def without_shape(flags: list) -> list:
-    """The flags but for those of the shape and their values."""
-    shape = {"--block_size", "--vocab_size", "--n_layer", "--n_head", "--n_embd"}
-    return [a for a, before in zip(flags, [None, *flags], strict=False) if a not in shape and before not in shape]
 
 
 def theirs_of(folder) -> torch.nn.Module:
@@ -202,8 +197,8 @@ def test_two_ranks_export_once(exported, tmp_path):
 
 def evaluation(exported, out, *flags) -> dict:
     """The log of a run of no steps."""
-    argv = tiny_flags(exported / "data", out, init_from=exported / "out", max_steps=0, warmup_steps=0)
-    assert run_train([*without_shape(argv), "--batch_tokens", 256, *flags]) == 0
+    argv = tiny_flags(exported / "data", out, init_from=exported / "out", max_steps=0, **STEPS)
+    assert run_train([*argv, *flags]) == 0
     return read_log(out / "log.jsonl")
 
 
@@ -240,7 +235,7 @@ def test_a_smaller_block_size_drops_positions_and_a_larger_one_is_refused(export
 def test_a_run_from_cropped_weights_trains_resumes_and_keeps_its_block_size(exported, tmp_path, capsys):
     def run(max_steps, block_size):
         flags = tiny_flags(exported / "data", tmp_path / "log", init_from=exported / "out", max_steps=max_steps)
-        return run_train([*without_shape(flags), "--block_size", block_size, "--extend"])
+        return run_train([*flags, "--block_size", block_size, "--extend"])
 
     assert run(3, 16) == 0
     assert run(5, 16) == 0
@@ -254,9 +249,8 @@ def test_a_run_from_cropped_weights_trains_resumes_and_keeps_its_block_size(expo
 @pytest.mark.parametrize("size", ["gpt2", "gpt2-xl"])
 def test_the_weights_of_a_name_come_from_the_hub(exported, tmp_path, hub, size):
     hub.datasets[size] = {path.name: path.read_bytes() for path in (exported / "out").iterdir()}
-    argv = tiny_flags(exported / "data", tmp_path / "log", init_from=size, max_steps=0, warmup_steps=0)
-    argv = ["train_gpt2.py", *without_shape(argv), "--batch_tokens", 256]
-    result = run_script(argv, env=environment(hub, tmp_path))
+    argv = tiny_flags(exported / "data", tmp_path / "log", init_from=size, max_steps=0, **STEPS)
+    result = run_script(["train_gpt2.py", *argv], env=environment(hub, tmp_path))
     assert result.returncode == 0, result.stderr
     assert any(path.endswith("/model.safetensors") for method, path in hub.asked if method == "GET")
     found, trained = (read_log(folder / "log" / "log.jsonl")["val"] for folder in (tmp_path, exported))

@@ -230,9 +230,7 @@ def test_a_shard_with_a_token_that_the_mask_leaves_out_is_named(sparse, tmp_path
 def test_weights_of_a_masked_run_serve_another_without_its_mask(sparse, shards, tmp_path):
     assert run_train(tiny_flags(sparse, tmp_path / "masked", mask_unseen=True, max_steps=3)) == 0
     assert len(load_model(str(tmp_path / "masked")).token_ids) == len(occurring(sparse))
-    flags = ["--data_dir", shards, "--out_dir", tmp_path / "new", "--device", "cpu", "--no-compile", "--init_from",
-             tmp_path / "masked", "--max_steps", 3, "--warmup_steps", 0, "--batch_tokens", 128, "--micro_batch", 4,
-             "--val_tokens", 160, "--hellaswag_every", 0, "--sample_every", 0]  # fmt: skip
+    flags = tiny_flags(shards, tmp_path / "new", init_from=tmp_path / "masked")
     assert run_train(flags) == 0
     assert len(load_model(str(tmp_path / "new")).token_ids) == 96
     assert all(np.isfinite(loss) for loss in losses(tmp_path / "new").values())
