@@ -79,9 +79,7 @@ class GPTConfig(Config):
     """The shape of a GPT; the defaults are GPT-2 124M with its vocabulary of 50257 padded to a multiple of 128."""
 
     block_size: int = option(1024, "longest context, in tokens", minimum=1, fixed=True)
-    vocab_size: int = option(
-        50304, "rows of the embedding; past GPT-2's 50257 they take no part", minimum=1, fixed=True
-    )
+    vocab_size: int = option(50304, "rows of the embedding; past 50257 they take no part", minimum=1, fixed=True)
     n_layer: int = option(12, "transformer blocks", minimum=1, fixed=True)
     n_head: int = option(12, "attention heads", minimum=1, fixed=True)
     n_embd: int = option(768, "channels", minimum=1, fixed=True)
@@ -104,9 +102,7 @@ class TrainConfig(Config):
     out_dir: str = option("log", "folder for log.jsonl, curves.png and the checkpoints")
     seed: int = option(1337, "of the first weights, the order of the data, and the samples", minimum=0, fixed=True)
     device: str = option("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is")
-    dtype: str = option(
-        "auto", "of matrix products; auto: bfloat16 on CUDA, else float32", choices=("auto", "bfloat16", "float32")
-    )
+    dtype: str = option("auto", "bfloat16 or float32; auto: the first on CUDA", choices=("auto", "bfloat16", "float32"))
     compile: bool = option(True, "use torch.compile for the training step")
     max_steps: int = option(19073, "optimiser steps", minimum=0, fixed=True)
     warmup_steps: int = option(715, "steps of linear warm-up", minimum=0, fixed=True)
@@ -116,10 +112,8 @@ class TrainConfig(Config):
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no limit", minimum=0, fixed=True)
     batch_tokens: int = option(2**19, "tokens per optimiser step, over all ranks", minimum=1, fixed=True)
     micro_batch: int = option(64, "sequences per forward pass on one device", minimum=1)
-    batch_ramp_steps: int = option(
-        0, "first steps, over which the tokens per step rise linearly; 0 = none", minimum=0, fixed=True
-    )
-    batch_ramp_from: int = option(2**15, "tokens at the ramp's start, which rise by as many", minimum=1, fixed=True)
+    batch_ramp_steps: int = option(0, "steps over which the tokens per step rise; 0 = none", minimum=0, fixed=True)
+    batch_ramp_from: int = option(2**15, "tokens of a ramp's first step; the unit it rises by", minimum=1, fixed=True)
     mask_unseen: bool = option(False, "give no probability to tokens that occur nowhere in the shards", fixed=True)
     val_tokens: int = option(10_485_760, "tokens in a validation, or all if there are fewer", minimum=1)
     eval_every: int = option(250, "steps between validations; 0 = never", minimum=0)
@@ -127,11 +121,7 @@ class TrainConfig(Config):
     hellaswag_data: str = option("", "its .parquet or .jsonl file; empty takes the validation split from the Hub")
     sample_every: int = option(250, "steps between samples; 0 = never", minimum=0)
     save_every: int = option(250, "steps between checkpoints; 0 = never", minimum=0)
-    init_from: str = option(
-        "scratch",
-        "first weights: scratch, gpt2[-medium, -large, -xl], or what was saved by transformers or here",
-        fixed=True,
-    )
+    init_from: str = option("scratch", "scratch, gpt2[-medium, -large, -xl], a folder or a checkpoint", fixed=True)
     resume: bool = option(True, "go on from the newest checkpoint in --out_dir")
     extend: bool = option(False, "let a resumed run have a larger --max_steps, which stretches the cosine")
     demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
@@ -163,7 +153,7 @@ DEMO = {
     "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
     "max_steps": 510, "warmup_steps": 40, "max_lr": 4e-3, "min_lr": 4e-4, "batch_tokens": 2048, "micro_batch": 8,
     "batch_ramp_from": 256, "mask_unseen": True,
-    "val_tokens": 40_000, "eval_every": 102, "hellaswag_every": 0, "sample_every": 255, "save_every": 255,
+    "val_tokens": 40_000, "eval_every": 51, "hellaswag_every": 0, "sample_every": 255, "save_every": 255,
     "prompt": "This function returns",
 }  # fmt: skip
 
@@ -392,10 +382,8 @@ class GPT(nn.Module):
             raise UserError(f"{refused}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
         for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights",
                     "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):  # fmt: skip
-            if getattr(c, key) != getattr(GPT2Config(), key):
-                raise UserError(
-                    f"{refused}: its {key} is {getattr(c, key)!r}, GPT-2 has {getattr(GPT2Config(), key)!r}"
-                )
+            if (found := getattr(c, key)) != (wanted := getattr(GPT2Config(), key)):
+                raise UserError(f"{refused}: its {key} is {found!r}, GPT-2 has {wanted!r}")
         vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
         model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd), seed=None)
         ours = model.state_dict()
@@ -826,9 +814,7 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
     found = find_checkpoints(source) or [path] * path.is_file()
     model = load_checkpoint(found[-1])[0] if found else GPT.from_pretrained(source)
     if block_size and block_size > (longest := model.config.block_size):
-        raise UserError(
-            f"--block_size {block_size} is above the {longest} positions of {source}: take at most {longest}", 2
-        )
+        raise UserError(f"--block_size {block_size} is above the {longest} positions of {source}: take {longest}", 2)
     model.crop(block_size or model.config.block_size)
     return model
 

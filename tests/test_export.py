@@ -229,7 +229,7 @@ def test_a_smaller_block_size_drops_positions_and_a_larger_one_is_refused(export
     for argv in (["--sample"], ["--export", tmp_path / "out"], tiny_flags("data", tmp_path / "log2")[:4]):
         assert run_train([*argv, "--init_from", exported / "out", "--block_size", 65]) == 2
         error = capsys.readouterr().err
-        assert error.endswith(f"--block_size 65 is above the 64 positions of {exported / 'out'}: take at most 64\n")
+        assert error.endswith(f"--block_size 65 is above the 64 positions of {exported / 'out'}: take 64\n")
 
 
 def test_a_run_from_cropped_weights_trains_resumes_and_keeps_its_block_size(exported, tmp_path, capsys):
