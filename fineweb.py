@@ -153,24 +153,34 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at `path` complete or not at all.
+    """A folder to fill that appears at `path` complete or not at all; OSError if something stands there already.
 
     It is made as .NAME.unfinished beside it, which a killed run leaves to the next one; its files are flushed to the
-    disk before it is renamed. Raises OSError if something stands at `path` already.
+    disk before it is renamed. Another process that fills a folder beside it waits.
     """
     temporary = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.open(path.parent, os.O_RDONLY)
+    with suppress(ImportError, OSError):  # not every system has such locks
+        import fcntl
+
+        fcntl.flock(parent, fcntl.LOCK_EX)  # which ends with the process
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for name in os.listdir(temporary):
-            with open(temporary / name, "rb") as file:
-                os.fsync(file.fileno())
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "already there", str(path))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file_path in temporary.iterdir():
+            with open(file_path, "rb") as file:
+                os.fsync(file.fileno())
         temporary.rename(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(parent)
 
 
 def background(function: Callable, *args) -> Future:
@@ -465,10 +475,8 @@ def find_token_ids(paths: list[Path]) -> list[int]:
         manifest = Manifest.load(folder)
         if {shard["name"]: shard["tokens"] for shard in manifest.shards} == sizes:
             return manifest.token_ids
-    cache, known = (
-        folder / "token_ids.json",
-        {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths},
-    )
+    cache = folder / "token_ids.json"
+    known = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
     with suppress(*DAMAGE):
         cached = json.loads(cache.read_bytes())
         if cached["shards"] == known and all(type(i) is int and 0 <= i < 2**16 for i in cached["token_ids"]):
@@ -784,9 +792,12 @@ def write_demo(out_dir: Path) -> None:
         return
     if out_dir.exists():
         raise UserError(f"{out_dir} is there already and holds no shards: remove it, or name another folder")
-    with whole_folder(out_dir) as folder:
-        manifest = Manifest("demo", "", "", shard_tokens=40_000, max_tokens=None)
-        write_shards([([0, 0], 1.0, demo_documents())], folder, manifest)
+    try:
+        with whole_folder(out_dir) as folder:
+            manifest = Manifest("demo", "", "", shard_tokens=40_000, max_tokens=None)
+            write_shards([([0, 0], 1.0, demo_documents())], folder, manifest)
+    except FileExistsError:  # another process was faster
+        write_demo(out_dir)
 
 
 # ---------------------------------------------------------------- command line

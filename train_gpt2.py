@@ -312,8 +312,7 @@ class GPT(nn.Module):
     def crop(self, block_size: int) -> None:
         """Forget the positions from block_size on."""
         self.config = dataclasses.replace(self.config, block_size=block_size)
-        kept = self.transformer.wpe.weight[:block_size].detach().clone()
-        self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The last block's output after ln_f (B, T, C) for token ids (B, T).
@@ -373,6 +372,7 @@ class GPT(nn.Module):
             raise UserError(f"{refused}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
         try:
             theirs, info = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
+            unseen = {*(theirs.generation_config.suppress_tokens or ())}
         except Exception as error:  # network, files and formats each have their own
             raise UserError(f"{refused}: {one_line(error)}") from None
         c = theirs.config
@@ -390,24 +390,22 @@ class GPT(nn.Module):
         for name, w in theirs.state_dict().items():
             w = w.T if name.endswith(CONV1D) else w
             ours[name][: len(w)], ours[name][len(w) :] = w, 0
+        model.allow([i for i in range(c.vocab_size) if i not in unseen] or range(c.vocab_size))
         return model
 
     def save_pretrained(self, folder: Path) -> None:
         """Fill a folder as `transformers` does: weights, configuration and tokenizer of a GPT2LMHeadModel.
 
-        What token_ids leaves out becomes `suppress_tokens`, which holds for generate() only. Raises UserError if the
-        vocabulary is not GPT-2's.
+        What token_ids leaves out becomes `suppress_tokens`, which holds for generate() only.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         from transformers import GenerationConfig, GPT2Config
 
         c = self.config
-        if c.n_vocab < N_VOCAB:
-            raise UserError(f"cannot export a model with {c.n_vocab} tokens: the tokenizer has {N_VOCAB}")
         weights = {name: w.T if name.endswith(CONV1D) else w for name, w in self.transformer.state_dict().items()}
         weights["wte.weight"] = weights["wte.weight"][:N_VOCAB]
         weights = {f"transformer.{name}": w.cpu().contiguous() for name, w in weights.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
         ends = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
         GPT2Config(
             vocab_size=N_VOCAB, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
@@ -470,7 +468,8 @@ class Sequences:
             row = self.shards[s][start : start + T + 1]
             if not (known := self.known[row]).all():
                 n = np.count_nonzero(self.known)
-                raise UserError(f"{self.paths[s]} holds token {row[~known][0]}, which is none of the model's {n}")
+                found = f"{self.paths[s]} holds token {row[~known][0]}, which is none of the model's {n}"
+                raise UserError(f"{found}: restore that shard, or a manifest.json that is about it")
             rows.append(row)
         both = torch.from_numpy(np.stack(rows).astype(np.int64))  # (n, T + 1)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
@@ -487,17 +486,19 @@ def batch_tokens(step: int, config: TrainConfig) -> int:
     done, ramp, first = step - 1, config.batch_ramp_steps, config.batch_ramp_from
     if done >= ramp:
         return config.batch_tokens
-    return first + (config.batch_tokens - first) * done // (ramp * first) * first
+    # To the nearest multiple: the line, in units of first, and a half, rounded down.
+    level = (2 * (config.batch_tokens - first) * done + ramp * first) // (2 * ramp * first)
+    return min(first + level * first, config.batch_tokens)
 
 
 def tokens_before(step: int, config: TrainConfig) -> int:
     """Tokens of all updates before that one, without a walk over them."""
     n, ramp, first = min(step - 1, config.batch_ramp_steps), config.batch_ramp_steps, config.batch_ramp_from
     total = n * first + (step - 1 - n) * config.batch_tokens
-    # Each level above the first adds batch_ramp_from to the updates from the one that reaches it to the ramp's end.
-    for level in range(1, batch_tokens(n, config) // first if n else 0):
-        reached = -(-level * ramp * first // (config.batch_tokens - first))  # rounded up
-        total += (n - reached) * first
+    # Each level above the first adds tokens to the updates from the one that reaches it to the n-th.
+    for level in range(1, math.ceil(batch_tokens(n, config) / first) if n else 0):
+        reached = -((1 - 2 * level) * ramp * first // (2 * (config.batch_tokens - first)))  # rounded up
+        total += (n - reached) * min(first, config.batch_tokens - level * first)
     return total
 
 
@@ -825,8 +826,11 @@ def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: Tr
         saved = checkpoint[type(now).__name__]
         for f in dataclasses.fields(now):
             was, value = saved.get(f.name, f.default), getattr(now, f.name)
-            grows = f.name == "max_steps" and value > was
-            if value == was or not f.metadata["fixed"] or (grows and config.extend):
+            grows, idle = (
+                f.name == "max_steps" and value > was,
+                f.name == "batch_ramp_from" and not config.batch_ramp_steps,
+            )
+            if value == was or not f.metadata["fixed"] or (grows and config.extend) or idle:
                 continue
             flag = f"--{f.name} {was}" if f.type is not bool else f"--{'' if was else 'no-'}{f.name}"
             mend = f"give {flag} to go on with it{', --extend to let it grow' if grows else ''}"
@@ -949,9 +953,7 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     step_model: nn.Module = model
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
-        step_model = DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        step_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     if config.compile and can_compile(world):
         step_model = torch.compile(step_model, dynamic=False)
     return step_model
@@ -981,10 +983,15 @@ def which_tokens(config: TrainConfig, gpt_config: GPTConfig, world: World) -> li
     """The tokens that the model may give a probability: all, or, with --mask_unseen, those in the shards."""
     if not config.mask_unseen:
         return list(range(gpt_config.n_vocab))
-    found = fineweb.find_token_ids(find_shards(config.data_dir, "train|val")) if world.is_main else []
-    if found and found[-1] >= gpt_config.n_vocab:
-        raise UserError(f"{config.data_dir} holds token {found[-1]}, the model knows {gpt_config.n_vocab}")
-    return np.flatnonzero(world.sum(*np.bincount(found, minlength=gpt_config.n_vocab))).tolist()
+    paths = find_shards(config.data_dir, "train|val")
+    found = fineweb.find_token_ids(paths) if world.is_main else []
+    ids = np.flatnonzero(world.sum(*np.bincount(found, minlength=2**16))).tolist()  # on all ranks
+    if not ids or ids[-1] >= gpt_config.n_vocab:
+        what = f"token {ids[-1]}, the model knows {gpt_config.n_vocab}" if ids else "no tokens"
+        raise UserError(
+            f"{config.data_dir} holds {what}: replace the shards, or a manifest.json that is not about them"
+        )
+    return ids
 
 
 def start_or_resume(
@@ -1004,13 +1011,13 @@ def start_or_resume(
             model = load_model(config.init_from, gpt_config and gpt_config.block_size)
         else:
             model = GPT(gpt_config, config.seed)
-        model.allow(which_tokens(config, model.config, world))
+        if config.max_steps or config.mask_unseen:  # only to be evaluated, weights keep the mask that they have
+            model.allow(which_tokens(config, model.config, world))
         model.to(world.device)
         return model, make_optimizer(model, config), 0
     model, checkpoint = load_checkpoint(found[-1])
     if pretrained:
-        changed = {"block_size": gpt_config.block_size} if gpt_config else {}
-        gpt_config = dataclasses.replace(model.config, **changed)
+        gpt_config = dataclasses.replace(model.config, block_size=(gpt_config or model.config).block_size)
     check_same_run(checkpoint, gpt_config, config)
     optimizer = make_optimizer(model.to(world.device), config)
     with reading(found[-1]):
@@ -1057,7 +1064,8 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
     model, optimizer, start = start_or_resume(gpt_config, config, world)
     if world.sum(start)[0] != start * world.size:
         raise UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
-    check_batch(config, model.config.block_size, world.size)
+    if config.max_steps:
+        check_batch(config, model.config.block_size, world.size)
     if config.sample_every:
         encode_prompt(sample_config, model.config)  # better to hear of a bad flag now
     token_ids = model.token_ids.tolist()
@@ -1143,20 +1151,18 @@ def chosen_model(gpt_config: GPTConfig | None, config: TrainConfig) -> tuple[GPT
     return load_model(str(found[-1])), str(found[-1])
 
 
-def sample(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
+def sample(model: GPT, source: str, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
     """Print samples on stdout."""
-    model, source = chosen_model(gpt_config, config)
     texts = sample_texts(model.to(world.device), sample_config, config.seed, world)
     for i, text in enumerate(texts, 1):
         print(f"--- sample {i} of {len(texts)} from {source}", file=sys.stderr, flush=True)
         print(text, flush=True)
 
 
-def export(gpt_config: GPTConfig | None, config: TrainConfig, folder: Path) -> None:
-    """Write a model as a folder for `transformers`, whole or not at all; UserError if something stands there."""
-    if os.path.lexists(folder):
-        raise UserError(f"--export {folder}: that is there already, name a folder that isn't", status=2)
-    model, source = chosen_model(gpt_config, config)
+def export(model: GPT, source: str, folder: Path) -> None:
+    """Write a folder for `transformers`, whole or not at all; UserError unless the vocabulary is GPT-2's."""
+    if (n := model.config.n_vocab) < N_VOCAB:
+        raise UserError(f"cannot export {source}, which has {n} tokens: the tokenizer has {N_VOCAB}")
     with fineweb.whole_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
     print(f"{folder}: {source} as transformers loads it", file=sys.stderr)
@@ -1182,16 +1188,19 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--{f.name} can't be chosen: --init_from {config.init_from} has its own", status=2)
         if "block_size" not in flags:
             gpt_config = None
+    folder = None if flags["export"] is None else Path(flags["export"])
+    if folder and os.path.lexists(folder):
+        raise UserError(f"--export {folder}: that is there already, name a folder that isn't", status=2)
     with join_world(config) as world:
         try:
-            if flags["export"] is not None:
-                if world.is_main:
-                    export(gpt_config, config, Path(flags["export"]))
-            elif flags["sample"]:
-                if world.is_main:
-                    sample(gpt_config, config, sample_config, world)
-            else:
+            if not flags["sample"] and folder is None:
                 train(gpt_config, config, sample_config, world)
+            elif world.is_main:
+                model, source = chosen_model(gpt_config, config)
+                if folder is None:
+                    sample(model, source, config, sample_config, world)
+                else:
+                    export(model, source, folder)
         except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no exception of its own
             named = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not named and not re.search("allocate memory|Storage size", str(error)):

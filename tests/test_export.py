@@ -61,6 +61,12 @@ def test_exported_weights_are_cropped_tied_float32_and_bear_the_usual_names(expo
     config = json.loads((exported / "out" / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert config["vocab_size"] == 50257
+    assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0  # as it was trained
+    generation = json.loads((exported / "out" / "generation_config.json").read_text())
+    for ends in (config, generation):
+        assert ends["bos_token_id"] == ends["eos_token_id"] == END_OF_TEXT
+    assert generation["pad_token_id"] == END_OF_TEXT
+    assert json.loads((exported / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 64
     assert not [path for path in exported.iterdir() if path.name not in ("data", "log", "out")]
 
 
@@ -135,6 +141,20 @@ def test_nothing_that_exists_is_overwritten_by_an_export(exported, tmp_path, cap
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_export_to_a_full_disk_leaves_nothing_and_one_line(exported, tmp_path):
+    program = tmp_path / "small_disk.py"
+    program.write_text(
+        "import resource, signal, sys, fineweb, train_gpt2\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
+    )
+    result = run_script([program, "--export", tmp_path / "out", "--out_dir", exported / "log"])
+    assert result.returncode == 1
+    assert result.stderr == f"train_gpt2.py: {tmp_path / 'out'}: File too large\n"
+    assert list(tmp_path.iterdir()) == [program]
+
+
 def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch, capsys):
     def fail(**_):
         raise OSError(28, "No space left on device")
@@ -159,6 +179,23 @@ def test_a_killed_export_leaves_no_half_folder_and_the_next_one_is_whole(exporte
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(exported / "out"))
 
 
+def test_two_that_make_the_same_folder_take_turns(tmp_path):
+    def make(name: str) -> None:
+        with fineweb.whole_folder(tmp_path / "out") as folder:
+            (folder / name).write_text("x")
+            time.sleep(0.2)
+
+    first, second = (fineweb.background(make, name) for name in "ab")
+    failed = [future.exception() for future in (first, second)]
+    assert sorted(type(error).__name__ for error in failed) == ["FileExistsError", "NoneType"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b" if failed[0] else "a"]
+    processes = [start_script(["fineweb.py", "--demo", "--out_dir", tmp_path / "demo"]) for _ in range(3)]
+    for process in processes:
+        assert process.communicate()[1] == f"the demo corpus is in {tmp_path / 'demo'}\n"
+    fineweb.Manifest.load(tmp_path / "demo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "out"]
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     for error in (KeyboardInterrupt, OSError):
         with pytest.raises(error), fineweb.whole_folder(tmp_path / "a" / "b") as folder:
@@ -168,8 +205,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with fineweb.whole_folder(tmp_path / "a" / "b") as folder:
         (folder / "whole").write_text("x")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
-    with pytest.raises(FileExistsError), fineweb.whole_folder(tmp_path / "a" / "b") as folder:
-        (folder / "other").write_text("x")
+    with pytest.raises(FileExistsError), fineweb.whole_folder(tmp_path / "a" / "b"):
+        pytest.fail("nothing needs to be made")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["whole"]
 
 
@@ -180,7 +217,8 @@ def test_an_export_without_a_checkpoint_or_with_another_vocabulary_ends_in_one_l
     capsys.readouterr()
     assert run_train(["--export", tmp_path / "out", "--out_dir", tmp_path / "log"]) == 1
     error = capsys.readouterr().err
-    assert error == "train_gpt2.py: cannot export a model with 96 tokens: the tokenizer has 50257\n"
+    source = tmp_path / "log" / "ckpt_000003.pt"
+    assert error == f"train_gpt2.py: cannot export {source}, which has 96 tokens: the tokenizer has 50257\n"
     assert not (tmp_path / "out").exists()
     assert run_train(["--export", tmp_path / "out", "--sample"]) == 2
 
@@ -206,7 +244,8 @@ def test_max_steps_0_only_evaluates_in_the_usual_log(exported, tmp_path):
     rows = tmp_path / "rows.jsonl"
     row = {"ctx": PROMPT, "endings": ["It's late.", "世界.", "No.", "A man."], "label": "0"}
     rows.write_text(json.dumps(row) + "\n")
-    events = evaluation(exported, tmp_path / "log", "--hellaswag_every", 1, "--hellaswag_data", rows)
+    more = ["--hellaswag_every", 1, "--hellaswag_data", rows, "--batch_tokens", 7]  # a batch is never made
+    events = evaluation(exported, tmp_path / "log", *more)
     assert events.keys() == {"start", "val", "hellaswag"}
     assert events["val"].keys() == events["hellaswag"].keys() == {0}
     assert events["hellaswag"][0]["examples"] == 1

@@ -14,7 +14,17 @@ from transformers import AutoModelForCausalLM
 import fineweb
 import hellaswag
 from fineweb import Manifest, UserError, find_token_ids, tokenizer
-from train_gpt2 import GPT, SampleConfig, Sequences, TrainConfig, evaluate, generate, load_model, read_log
+from train_gpt2 import (
+    GPT,
+    SampleConfig,
+    Sequences,
+    TrainConfig,
+    evaluate,
+    find_shards,
+    generate,
+    load_model,
+    read_log,
+)
 
 SEEN = [*range(0, 96, 3)]
 
@@ -57,8 +67,9 @@ def test_loss_and_gradients_are_those_of_logits_at_minus_infinity(path, monkeypa
     torch.testing.assert_close(model(x), full)
     assert model(x)[..., unseen].max() == -torch.inf
     # Impossible, not merely unlikely.
-    y[2, 3] = 1
-    assert model(x, y).item() == torch.inf
+    for unseen_target in (1, 95):
+        y[2, 3] = unseen_target
+        assert model(x, y).item() == torch.inf
 
 
 @pytest.mark.parametrize("ids", [[], [96], [-1, 3]])
@@ -104,7 +115,14 @@ def test_unseen_tokens_are_counted_over_all_shards_once_and_kept(shards, monkeyp
     cache["token_ids"] = [1, 2, 3]
     (shards / "token_ids.json").write_text(json.dumps(cache))
     assert find_token_ids(paths) == [1, 2, 3]
-    # Until a shard is another, even one of the same length, or there is one more.
+    cache["token_ids"] = [1, 2, 2**16]
+    (shards / "token_ids.json").write_text(json.dumps(cache))
+    assert find_token_ids(paths) == expected
+    # Until a shard is another, even one of the same length, or of the same age, or there is one more.
+    was = paths[2].stat().st_mtime_ns
+    np.save(paths[2], np.append(np.load(paths[2]), np.uint16(3000)))
+    os.utime(paths[2], ns=(was, was))
+    assert find_token_ids(paths) == occurring(shards) != expected
     tokens = np.load(paths[1])
     tokens[0] = 4000
     np.save(paths[1], tokens)
@@ -138,14 +156,13 @@ def test_unseen_tokens_come_from_the_manifest_if_it_is_about_these_shards(shards
     manifest.save(shards)
     assert find_token_ids(paths) == manifest.token_ids
     assert not (shards / "token_ids.json").exists()
+    np.save(paths[1], np.append(np.load(paths[1]), np.uint16(3000)))
+    assert find_token_ids(paths) == occurring(shards)
+    manifest.save(shards)
     write_shards(shards, [50])
     assert find_token_ids(sorted(shards.glob("*.npy"))) == occurring(shards)
     (shards / "manifest.json").write_text("{")
-    assert find_token_ids(paths) == occurring_in(paths)
-
-
-def occurring_in(paths) -> list[int]:
-    return np.unique(np.concatenate([np.load(path) for path in paths])).tolist()
+    assert find_token_ids(sorted(shards.glob("*.npy"))) == occurring(shards)
 
 
 def test_the_demo_masks_and_its_manifest_knows_what_occurs(tmp_path):
@@ -217,13 +234,24 @@ def test_a_masked_run_is_the_same_compiled_and_on_two_ranks(sparse, tmp_path, ra
     assert newest(tmp_path / "other")["token_ids"] == occurring(sparse)
 
 
+def rewrite(path, tokens) -> None:
+    """Replace a shard, and not what is in it: threads of a run that was stopped may still read that."""
+    np.save(path.with_suffix(".new.npy"), tokens)
+    path.with_suffix(".new.npy").replace(path)
+
+
 def test_a_shard_with_a_token_that_the_mask_leaves_out_is_named(sparse, tmp_path, capsys):
     flags = tiny_flags(sparse, tmp_path / "log", mask_unseen=True)
     stop_after(2, flags)
     path = sparse / "tiny_train_000002.npy"
-    np.save(path, np.full_like(np.load(path), 1))
+    rewrite(path, np.full_like(np.load(path), 1))
     capsys.readouterr()
     assert run_train(flags) == 1
+    assert f"{path} holds token 1, which is none of the model's" in capsys.readouterr().err
+    rewrite(path, np.zeros(100, dtype=np.uint16))
+    path = sparse / "tiny_val_000000.npy"
+    rewrite(path, np.full_like(np.load(path), 1))
+    assert run_train(tiny_flags(sparse, tmp_path / "new", init_from=tmp_path / "log", max_steps=0, warmup_steps=0)) == 1
     assert f"{path} holds token 1, which is none of the model's" in capsys.readouterr().err
 
 
@@ -234,6 +262,11 @@ def test_weights_of_a_masked_run_serve_another_without_its_mask(sparse, shards, 
     assert run_train(flags) == 0
     assert len(load_model(str(tmp_path / "new")).token_ids) == 96
     assert all(np.isfinite(loss) for loss in losses(tmp_path / "new").values())
+    # But it is evaluated as it was.
+    flags = tiny_flags(sparse, tmp_path / "evaluated", init_from=tmp_path / "masked", max_steps=0, warmup_steps=0)
+    assert run_train(flags) == 0
+    found, trained = (read_log(tmp_path / name / "log.jsonl")["val"] for name in ("evaluated", "masked"))
+    assert found[0]["loss"] == pytest.approx(trained[3]["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("token_ids", [None, [], [96], ["a"], [1.5], 7])
@@ -304,6 +337,11 @@ def test_a_masked_model_is_exported_with_its_mask_for_generate(prose, tmp_path):
     expected = generate(model, prompt, SampleConfig(num_samples=1, max_length=14, temperature=0), 0, CPU)[0]
     assert found == expected
     assert set(found) <= seen
+    # And in again.
+    assert set(load_model(str(tmp_path / "hf")).token_ids.tolist()) == seen
+    assert run_train(["--export", tmp_path / "again", "--init_from", tmp_path / "hf"]) == 0
+    name = "generation_config.json"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
 def test_every_token_of_a_mask_must_be_known_to_the_model(tmp_path, capsys):
@@ -312,7 +350,9 @@ def test_every_token_of_a_mask_must_be_known_to_the_model(tmp_path, capsys):
     np.save(path, np.append(np.load(path), np.uint16(96)))
     assert run_train(tiny_flags(folder, tmp_path / "log", mask_unseen=True)) == 1
     assert "holds token 96, the model knows 96" in capsys.readouterr().err
+    for path in folder.glob("*.npy"):
+        np.save(path, np.array([], dtype=np.uint16))
+    assert run_train(tiny_flags(folder, tmp_path / "log", mask_unseen=True)) == 1
+    assert f"{folder} holds no tokens: " in capsys.readouterr().err
     with pytest.raises(UserError, match="no train or val shards"):
-        from train_gpt2 import find_shards
-
         find_shards(str(tmp_path / "nowhere"), "train|val")

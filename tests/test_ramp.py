@@ -12,7 +12,7 @@ from train_gpt2 import Log, Sequences, TrainConfig, batch_tokens, check_batch, r
 
 # 16 sequences of 16 tokens a step, from 4 on, over five steps; the shards have 20.
 RAMP = {"batch_tokens": 256, "batch_ramp_from": 64, "batch_ramp_steps": 5}
-SIZES = [64, 64, 128, 128, 192, 256, 256]
+SIZES = [64, 128, 128, 192, 192, 256, 256]
 
 
 def test_the_tokens_of_a_step_rise_linearly_in_multiples_of_the_first():
@@ -21,12 +21,16 @@ def test_the_tokens_of_a_step_rise_linearly_in_multiples_of_the_first():
     sizes = [batch_tokens(step, config) for step in range(1, 1003)]
     assert sizes[0] == 32768
     assert sizes[1000:] == [524288, 524288]
-    assert max(sizes[:1000]) < 524288
     for done, size in enumerate(sizes[:1000]):
         line = 32768 + (524288 - 32768) * done / 1000
-        assert line - 32768 < size <= line
+        assert abs(size - line) <= 32768 / 2
         assert size % 32768 == 0
     assert sizes == sorted(sizes)
+    # A unit that does not divide the whole, and one as large as half of it.
+    assert [batch_tokens(step, TrainConfig(batch_tokens=176, batch_ramp_from=48, batch_ramp_steps=9)) for step in
+            range(1, 11)] == [48, 48, 96, 96, 96, 96, 144, 144, 144, 176]  # fmt: skip
+    coarse = TrainConfig(batch_tokens=256, batch_ramp_from=128, batch_ramp_steps=6)
+    assert [batch_tokens(step, coarse) for step in range(1, 8)] == [128, 128, 128, 256, 256, 256, 256]
 
 
 def test_without_a_ramp_every_step_has_all_tokens():
@@ -104,10 +108,9 @@ def test_time_left_counts_tokens_not_steps(shards, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: next(clock))  # each step takes a second
     assert run_train(ramp_flags(shards, tmp_path / "log", eval_every=0)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step") and "left" in line]
-    # 1088 tokens in all; the median of the speeds so far, then what is left over it.
-    assert [line.split(" | ")[-1] for line in lines] == [
-        "0:00:16 left", "0:00:15 left", "0:00:13 left", "0:00:07 left", "0:00:04 left", "0:00:02 left", "0:00:00 left",
-    ]  # fmt: skip
+    # 1,216 tokens in all: what is left, over the median of the speeds so far.
+    expected = [1152 / 64, 1024 / 96, 896 / 128, 704 / 128, 512 / 128, 256 / 160, 0]
+    assert [line.split(" | ")[-1] for line in lines] == [f"0:00:{round(seconds):02} left" for seconds in expected]
     assert "192 tokens in 1000 ms, 192/s" in lines[4]
 
 
@@ -132,5 +135,13 @@ def test_a_ramp_that_cannot_be_dealt_out_is_refused_with_the_mend(shards, tmp_pa
     assert run_train(ramp_flags(shards, tmp_path / "log", batch_ramp_from=512)) == 2
     assert "--batch_ramp_from 512 must not be above --batch_tokens 256" in capsys.readouterr().err
     assert run_train(ramp_flags(shards, tmp_path / "log")) == 0
-    assert run_train(ramp_flags(shards, tmp_path / "log", batch_ramp_steps=4)) == 2
-    assert "--batch_ramp_steps is 4, but 5 in the run" in capsys.readouterr().err
+    for change, said in (
+        ({"batch_ramp_steps": 4}, "_steps is 4, but 5"),
+        ({"batch_ramp_from": 32}, "_from is 32, but 64"),
+    ):
+        capsys.readouterr()
+        assert run_train(ramp_flags(shards, tmp_path / "log", **change)) == 2
+        assert f"--batch_ramp{said} in the run" in capsys.readouterr().err
+    # Without a ramp it means nothing.
+    for first in (64, 32):
+        assert run_train(tiny_flags(shards, tmp_path / "flat", batch_ramp_from=first)) == 0
