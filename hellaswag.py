@@ -217,8 +217,8 @@ def score(model: "GPT", batch: Batch, world: "World", buffer: Tensor) -> np.ndar
     found = []
     for rows, target in zip(at.split(len(buffer)), targets.split(len(buffer)), strict=True):
         # Not in bfloat16, which has steps of 0.5 where OpenAI's logits lie; in place, as fresh memory costs time.
-        out = buffer[: len(rows)]
-        logits = torch.addmm(model.token_bias, hidden[rows].float(), model.lm_head.weight.T, out=out)
+        logits = torch.mm(hidden[rows].float(), model.lm_head.weight.T, out=buffer[: len(rows)])
+        logits[:, model.token_bias < 0] = -math.inf
         wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
         found.append(wanted - largest - logits.sub_(largest).exp_().sum(1, keepdim=True).log())
     return torch.cat(found)[:, 0].cpu().numpy()
