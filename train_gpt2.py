@@ -814,9 +814,11 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
     path = Path(source)
     found = find_checkpoints(source) or [path] * path.is_file()
     model = load_checkpoint(found[-1])[0] if found else GPT.from_pretrained(source)
-    if block_size and block_size > (longest := model.config.block_size):
+    longest = model.config.block_size
+    if block_size and block_size > longest:
         raise UserError(f"--block_size {block_size} is above the {longest} positions of {source}: take {longest}", 2)
-    model.crop(block_size or model.config.block_size)
+    if block_size:
+        model.crop(block_size)
     return model
 
 
@@ -826,10 +828,8 @@ def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: Tr
         saved = checkpoint[type(now).__name__]
         for f in dataclasses.fields(now):
             was, value = saved.get(f.name, f.default), getattr(now, f.name)
-            grows, idle = (
-                f.name == "max_steps" and value > was,
-                f.name == "batch_ramp_from" and not config.batch_ramp_steps,
-            )
+            grows = f.name == "max_steps" and value > was
+            idle = f.name == "batch_ramp_from" and not config.batch_ramp_steps
             if value == was or not f.metadata["fixed"] or (grows and config.extend) or idle:
                 continue
             flag = f"--{f.name} {was}" if f.type is not bool else f"--{'' if was else 'no-'}{f.name}"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -89,6 +90,11 @@ def run_script(argv: list, ranks: int = 1, timeout: float = 150, **kwargs) -> su
     finally:
         process.kill()
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def small_files(size: int):
+    """For run_script(preexec_fn=...): the process can't write files of more bytes, as on a full disk."""
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
 def stop_after(step, flags):

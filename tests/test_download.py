@@ -2,20 +2,18 @@
 
 import json
 import re
-import resource
 import signal
 import socket
 import struct
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import COMMIT, Hub, environment, run_script, start_script, write_shards
+from conftest import COMMIT, Hub, environment, run_script, small_files, start_script, write_shards
 
 import fineweb
 from fineweb import Manifest, encode_document, verify
@@ -367,7 +365,7 @@ def test_ready_made_shards_of_the_same_name_are_refused(shards, tmp_path):
 
 
 def test_a_disk_that_fills_up_during_a_download_is_not_taken_for_the_network(edu, tmp_path):
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    limit = small_files(20_000)
     result = run(edu, tmp_path, preexec_fn=limit)
     assert result.returncode == 1
     assert re.match("fineweb.py: .*File too large; complete shards are kept", result.lines[-1])

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, environment, run_script, run_train, start_script, tiny_flags
+from conftest import CPU, environment, run_script, run_train, small_files, start_script, tiny_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -142,17 +142,11 @@ def test_nothing_that_exists_is_overwritten_by_an_export(exported, tmp_path, cap
 
 
 def test_an_export_to_a_full_disk_leaves_nothing_and_one_line(exported, tmp_path):
-    program = tmp_path / "small_disk.py"
-    program.write_text(
-        "import resource, signal, sys, fineweb, train_gpt2\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
-    )
-    result = run_script([program, "--export", tmp_path / "out", "--out_dir", exported / "log"])
+    argv = ["train_gpt2.py", "--export", tmp_path / "out", "--out_dir", exported / "log"]
+    result = run_script(argv, preexec_fn=small_files(300_000))
     assert result.returncode == 1
     assert result.stderr == f"train_gpt2.py: {tmp_path / 'out'}: File too large\n"
-    assert list(tmp_path.iterdir()) == [program]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,6 @@ import os
 import pty
 import random
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import run_script, start_script, write_shards
+from conftest import run_script, small_files, start_script, write_shards
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import fineweb
@@ -641,7 +640,7 @@ def test_a_shard_that_is_written_in_part_is_named(tmp_path):
     source = write_parquet(tmp_path / "text" / "a.parquet", ["word " * 1000] * 300)
     out = tmp_path / "out"
     argv = ["fineweb.py", "--dataset", source, "--out_dir", out, "--workers", 1, "--shard_tokens", 100_000]
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (150_000, 150_000))  # a shard has 200,128 bytes
+    limit = small_files(150_000)  # a shard has 200,128 bytes
     result = run_script(argv, preexec_fn=limit)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(

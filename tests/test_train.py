@@ -17,6 +17,7 @@ from conftest import (
     newest,
     run_script,
     run_train,
+    small_files,
     start_script,
     stop_after,
     tiny_flags,
@@ -375,14 +376,7 @@ def test_a_log_without_what_a_new_run_undid(tmp_path):
 
 def test_a_file_that_cannot_be_written_in_full_leaves_the_old_checkpoint_and_one_line(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", n_embd=64, eval_every=0)
-    program = tmp_path / "small_disk.py"
-    program.write_text(
-        "import resource, signal, sys, fineweb, train_gpt2\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
-    )
-    result = run_script([program, *flags])
+    result = run_script(["train_gpt2.py", *flags], preexec_fn=small_files(300_000))
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "ckpt_000002.pt" in result.stderr
