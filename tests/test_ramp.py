@@ -29,6 +29,8 @@ def test_the_tokens_of_a_step_rise_linearly_in_multiples_of_the_first():
     # A unit that does not divide the whole, and one as large as half of it.
     assert [batch_tokens(step, TrainConfig(batch_tokens=176, batch_ramp_from=48, batch_ramp_steps=9)) for step in
             range(1, 11)] == [48, 48, 96, 96, 96, 96, 144, 144, 144, 176]  # fmt: skip
+    above = TrainConfig(batch_tokens=176, batch_ramp_from=64, batch_ramp_steps=8)  # to the nearest, it would reach 192
+    assert [batch_tokens(step, above) for step in range(1, 10)] == [64, 64, 64, 128, 128, 128, 128, 176, 176]
     coarse = TrainConfig(batch_tokens=256, batch_ramp_from=128, batch_ramp_steps=6)
     assert [batch_tokens(step, coarse) for step in range(1, 8)] == [128, 128, 128, 256, 256, 256, 256]
 
