@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
@@ -182,20 +183,21 @@ def command_line() -> fineweb.Parser:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T against targets, a few rows at a time.
+    """Mean cross-entropy of x @ weight[:n].T against targets, a few rows at a time.
 
-    x (N, C) and weight (V, C) float32, targets (N,) int64; gives a float32 scalar. The gradient is formed on the way,
-    while the logits of the rows are still in the CPU's cache, and the (N, V) logits never exist as a whole.
+    x (N, C) and weight (V, C) float32, n <= V, targets (N,) int64; gives a float32 scalar. The gradient is formed on
+    the way, while the logits of the rows are still in the CPU's cache, and the (N, V) logits never exist as a whole.
     """
 
     ROWS = 256
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, n: int, targets: Tensor) -> Tensor:
         N, with_gradient = len(x), any(ctx.needs_input_grad)
         loss, dx = x.new_zeros(()), torch.zeros_like(x)
-        dweight = torch.zeros_like(weight) if with_gradient else None
-        buffer = x.new_empty(min(N, HeadLoss.ROWS), len(weight))
+        weight, whole = weight[:n], torch.zeros_like(weight) if with_gradient else weight
+        dweight = whole[:n]
+        buffer = x.new_empty(min(N, HeadLoss.ROWS), n)
         for x_rows, dx_rows, target in zip(*(z.split(HeadLoss.ROWS) for z in (x, dx, targets)), strict=True):
             logits = torch.mm(x_rows, weight.T, out=buffer[: len(x_rows)])
             wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
@@ -207,35 +209,51 @@ class HeadLoss(torch.autograd.Function):
                 torch.mm(p, weight, out=dx_rows)
                 dweight.addmm_(p.T, x_rows)
         if with_gradient:
-            ctx.save_for_backward(dx.div_(N), dweight.div_(N))
+            ctx.save_for_backward(dx.div_(N), whole.div_(N))
         return loss / N
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         dx, dweight = ctx.saved_tensors
-        return grad * dx, grad * dweight, None
+        return dx.mul_(grad), dweight.mul_(grad), None, None  # in place, as a second gradient of the head is large
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight.T + bias, for x (..., in), weight (out, in) and bias (out,); gives (..., out)."""
+    if x.device.type == "cpu" and 1 < (rows := x.numel() // x.size(-1)) <= 4:
+        # A few samples, one token each: MKL is up to three times as fast with the weights on the left.
+        return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1) + bias
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if cache is not None:
+            cache[0, :, :, -T:], cache[1, :, :, -T:] = k, v
+            k, v = cache  # each (B, H, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -249,8 +267,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -314,22 +332,37 @@ class GPT(nn.Module):
         self.config = dataclasses.replace(self.config, block_size=block_size)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def make_cache(self, B: int, T: int, dtype: torch.dtype) -> Tensor:
+        """Room for the keys and values of T positions in every layer: (n_layer, 2, B, H, T, D)."""
+        c = self.config
+        shape = (c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head)
+        return torch.empty(shape, dtype=dtype, device=self.lm_head.weight.device)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Tensor | None = None,
+    ) -> Tensor:
         """The last block's output after ln_f (B, T, C) for token ids (B, T).
 
         Positions (B, T) and a mask (B, 1, T, T), true where a token (row) may see another (column), take the place of
-        0, 1, 2, ... and of seeing what came before.
+        0, 1, 2, ... and of seeing what came before. With a cache (n_layer, 2, B, H, S, D) the tokens are the last T of
+        S, either all or one: the cache holds keys and values of those before, and theirs are added to it.
         """
+        T = tokens.size(1)
         if positions is None:
-            positions = torch.arange(tokens.size(1), device=tokens.device)
+            S = T if cache is None else cache.size(-2)
+            positions = torch.arange(S - T, S, device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
-        for block in self.transformer.h:
-            x = block(x, mask)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, mask, None if cache is None else cache[i])
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C); minus infinity for tokens that are not allowed."""
-        return F.linear(hidden, self.lm_head.weight, self.token_bias)
+        return linear(hidden, self.lm_head.weight, self.token_bias)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the targets (B, T) after hidden states (B, T, C)."""
@@ -337,10 +370,10 @@ class GPT(nn.Module):
         if hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
             ids = self.token_ids
             if len(ids) == self.config.n_vocab:
-                return HeadLoss.apply(hidden, self.lm_head.weight[: len(ids)], targets)
+                return HeadLoss.apply(hidden, self.lm_head.weight, len(ids), targets)
             # A smaller head: the rows of these tokens alone, among which a target stands somewhere else.
             rows = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
-            loss = HeadLoss.apply(hidden, self.lm_head.weight.index_select(0, ids), rows)
+            loss = HeadLoss.apply(hidden, self.lm_head.weight.index_select(0, ids), len(ids), rows)
             return torch.where((ids[rows] == targets).all(), loss, math.inf)
         chunks = zip(hidden.split(self.ROWS), targets.split(self.ROWS), strict=True)
         return sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in chunks) / len(targets)
@@ -716,20 +749,30 @@ def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> 
 @torch.no_grad()
 def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, world: World) -> list[list[int]]:
     """`num_samples` rows of the prompt and what follows it, max_length tokens at most, none from <|endoftext|> on."""
-    device = world.device
+    device, B, window = world.device, config.num_samples, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.tensor([prompt] * config.num_samples, device=device)  # (B, T)
-    ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
-    while tokens.size(1) < config.max_length and not ended.all():
-        with world.autocast():
-            logits = model.logits(model.hidden(tokens[:, -model.config.block_size :])[:, -1])  # (B, V)
+    tokens = torch.full((B, config.max_length), END_OF_TEXT, device=device)
+    tokens[:, : len(prompt)] = torch.tensor(prompt)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    cache, cached = model.make_cache(B, min(window, config.max_length), world.dtype), 0
+    for n in range(len(prompt), config.max_length):  # n tokens are there
+        with (
+            world.autocast(),
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+        ):
+            if n <= window:
+                hidden, cached = model.hidden(tokens[:, cached:n], cache=cache[..., :n, :]), n
+            else:  # the window moves, each token has another position, and with it other keys
+                hidden = model.hidden(tokens[:, n - window : n])
+            logits = model.logits(hidden[:, -1])  # (B, V)
         likeliest, ids = logits.float().topk(1 if config.temperature == 0 else config.top_k)  # (B, k)
         # The largest becomes 0 first, so that no temperature, however small, overflows.
         scaled = (likeliest - likeliest[:, :1]) / max(config.temperature, 1e-6)
         drawn = torch.multinomial(scaled.softmax(dim=1), 1, generator=generator)  # (B, 1)
-        next_tokens = ids.gather(1, drawn).masked_fill(ended[:, None], END_OF_TEXT)
-        tokens = torch.cat((tokens, next_tokens), dim=1)
-        ended |= next_tokens[:, 0] == END_OF_TEXT
+        tokens[:, n] = ids.gather(1, drawn)[:, 0].masked_fill(ended, END_OF_TEXT)
+        ended |= tokens[:, n] == END_OF_TEXT
+        if ended.all():
+            break
     drawn_rows = tokens[:, len(prompt) :].tolist()
     return [prompt + list(takewhile(lambda token: token != END_OF_TEXT, row)) for row in drawn_rows]
 
