@@ -220,7 +220,8 @@ class HeadLoss(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight.T + bias, for x (..., in), weight (out, in) and bias (out,); gives (..., out)."""
-    if x.device.type == "cpu" and 1 < (rows := x.numel() // x.size(-1)) <= 4:
+    rows = x.numel() // x.size(-1)
+    if x.device.type == "cpu" and 1 < rows <= 4 and not torch.is_autocast_enabled("cpu"):
         # A few samples, one token each: MKL is up to three times as fast with the weights on the left.
         return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1) + bias
     return F.linear(x, weight, bias)
@@ -758,6 +759,7 @@ def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, wor
     for n in range(len(prompt), config.max_length):  # n tokens are there
         with (
             world.autocast(),
+            # Not cuDNN, which torch prefers on Hopper: it would plan anew for each number of keys.
             sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
         ):
             if n <= window:
