@@ -189,7 +189,7 @@ class HeadLoss(torch.autograd.Function):
     the way, while the logits of the rows are still in the CPU's cache, and the (N, V) logits never exist as a whole.
     """
 
-    ROWS = 256
+    ROWS = 128
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, n: int, targets: Tensor) -> Tensor:
@@ -197,17 +197,18 @@ class HeadLoss(torch.autograd.Function):
         loss, dx = x.new_zeros(()), torch.zeros_like(x)
         weight, whole = weight[:n], torch.zeros_like(weight) if with_gradient else weight
         dweight = whole[:n]
-        buffer = x.new_empty(min(N, HeadLoss.ROWS), n)
+        buffer = x.new_empty(n * min(N, HeadLoss.ROWS))
         for x_rows, dx_rows, target in zip(*(z.split(HeadLoss.ROWS) for z in (x, dx, targets)), strict=True):
-            logits = torch.mm(x_rows, weight.T, out=buffer[: len(x_rows)])
-            wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
-            p = torch.softmax(logits, dim=1, out=logits)
+            # A column a row: MKL multiplies faster with the weights on the left.
+            logits = torch.mm(weight, x_rows.T, out=buffer[: n * len(target)].view(n, -1))
+            wanted, largest = logits.gather(0, target[None]), logits.amax(0)
+            p = torch.softmax(logits, dim=0, out=logits)
             # The largest probability never underflows, so its logarithm gives the softmax's denominator safely.
-            loss += (largest - p.amax(1, keepdim=True).log() - wanted).sum()
+            loss += (largest - p.amax(0).log() - wanted).sum()
             if with_gradient:
-                p[torch.arange(len(target)), target] -= 1
-                torch.mm(p, weight, out=dx_rows)
-                dweight.addmm_(p.T, x_rows)
+                p[target, torch.arange(len(target))] -= 1
+                torch.mm(p.T, weight, out=dx_rows)
+                dweight.addmm_(p, x_rows)
         if with_gradient:
             ctx.save_for_backward(dx.div_(N), whole.div_(N))
         return loss / N
@@ -230,6 +231,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class GeluLinear(torch.autograd.Function):
+    """linear(gelu(x), weight, bias) that keeps only x: gelu(x) is made again, for a quarter less memory in a block."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        dweight = rows.T @ F.gelu(x, approximate="tanh").flatten(0, -2)
+        return torch.ops.aten.gelu_backward(grad @ weight, x, approximate="tanh"), dweight, rows.sum(0)
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether the gradients written by hand, for eager float32 on a CPU, apply to x."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 class CausalSelfAttention(nn.Module):
@@ -257,7 +279,10 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)  # (B, T, 4 C)
+        if by_hand(x):
+            return GeluLinear.apply(x, self.c_proj.weight, self.c_proj.bias)
+        return self.c_proj(F.gelu(x, approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -368,7 +393,7 @@ class GPT(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the targets (B, T) after hidden states (B, T, C)."""
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+        if by_hand(hidden):
             ids = self.token_ids
             if len(ids) == self.config.n_vocab:
                 return HeadLoss.apply(hidden, self.lm_head.weight, len(ids), targets)
