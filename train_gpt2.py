@@ -219,10 +219,15 @@ class HeadLoss(torch.autograd.Function):
         return dx.mul_(grad), dweight.mul_(grad), None, None  # in place, as a second gradient of the head is large
 
 
+def by_hand(x: Tensor) -> bool:
+    """Whether what is written by hand for eager float32 on a CPU applies to x."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight.T + bias, for x (..., in), weight (out, in) and bias (out,); gives (..., out)."""
     rows = x.numel() // x.size(-1)
-    if x.device.type == "cpu" and 1 < rows <= 4 and not torch.is_autocast_enabled("cpu"):
+    if 1 < rows <= 4 and by_hand(x):
         # A few samples, one token each: MKL is up to three times as fast with the weights on the left.
         return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1) + bias
     return F.linear(x, weight, bias)
@@ -247,11 +252,6 @@ class GeluLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         dweight = rows.T @ F.gelu(x, approximate="tanh").flatten(0, -2)
         return torch.ops.aten.gelu_backward(grad @ weight, x, approximate="tanh"), dweight, rows.sum(0)
-
-
-def by_hand(x: Tensor) -> bool:
-    """Whether the gradients written by hand, for eager float32 on a CPU, apply to x."""
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 class CausalSelfAttention(nn.Module):
