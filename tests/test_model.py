@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fineweb import UserError
-from train_gpt2 import GPT, GPTConfig, HeadLoss
+from train_gpt2 import GPT, GeluLinear, GPTConfig, HeadLoss, linear
 
 PADDED = dataclasses.replace(TINY, vocab_size=50304)
 
@@ -99,6 +99,28 @@ def test_the_chunked_loss_is_cross_entropy(scale):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(3 * found, (x, weight)), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_gelu_made_again_has_the_same_gradients():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 9, 48), (16, 48), (16,))
+    x, weight, bias = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    expected = F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+    found = GeluLinear.apply(x, weight, bias)
+    assert torch.equal(found, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_few_rows_are_multiplied_as_many_are(rows, autocast):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 1, 48), (80, 48), (80,)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found, expected = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert found.is_contiguous()  # what comes next would be slow
+    torch.testing.assert_close(found, expected)  # the type too
 
 
 def test_initial_weights_are_gpt2s_and_come_from_the_seed_alone():

@@ -62,12 +62,18 @@ def test_temperature_0_is_greedy_and_so_is_the_smallest_one():
         assert samples == [expected, expected]
 
 
-def test_the_window_slides_past_the_block_size():
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 30])
+def test_the_window_slides_past_the_block_size(n):
     model = spread()
+    with torch.no_grad():  # so that the likeliest token hangs on every token of the window and on its place
+        model.transformer.wpe.weight *= 20
+        for block in model.transformer.h:
+            block.attn.c_attn.weight *= 10
+            block.attn.c_proj.weight *= 100
     config = SampleConfig(num_samples=1, max_length=40, temperature=0)
-    sample = generate(model, [3], config, 0, CPU)[0]
+    sample = generate(model, list(range(3, 3 + n)), config, 0, CPU)[0]
     assert len(sample) == 40
-    for t in range(1, 40):
+    for t in range(n, 40):
         assert sample[t] == model(torch.tensor([sample[max(0, t - 16) : t]]))[0, -1].argmax()
 
 
