@@ -202,14 +202,14 @@ class HeadLoss(torch.autograd.Function):
             # A column a row: MKL multiplies faster with the weights on the left.
             logits = torch.mm(weight, x_rows.T, out=buffer[: n * len(target)].view(n, -1))
             wanted, largest = logits.gather(0, target[None]), logits.amax(0)
-            p = torch.softmax(logits, dim=0, out=logits)
-            # The largest probability never underflows, so its logarithm gives the softmax's denominator safely.
-            loss += (largest - p.amax(0).log() - wanted).sum()
+            exps = logits.sub_(largest).exp_()  # of the softmax, before it is divided by their sum
+            total = exps.sum(0)
+            loss += (total.log() + largest - wanted).sum()
             if with_gradient:
-                p[target, torch.arange(len(target))] -= 1
-                torch.mm(p.T, weight, out=dx_rows)
-                dweight.addmm_(p, x_rows)
+                torch.mm(exps.T, weight, out=dx_rows).div_(total[:, None]).sub_(weight[target])
+                dweight.addmm_(exps, x_rows / total[:, None])
         if with_gradient:
+            dweight.index_add_(0, targets, x, alpha=-1)
             ctx.save_for_backward(dx.div_(N), whole.div_(N))
         return loss / N
 
