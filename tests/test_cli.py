@@ -62,6 +62,26 @@ def test_help_names_every_flag_and_says_what_a_resumed_run_may_change():
     assert "--extend" in result.stdout[result.stdout.index("A run resumes") :]
 
 
+@pytest.mark.parametrize("mode", ["--help", "--sample", "train"])
+def test_nothing_is_imported_that_the_mode_does_not_need(mode, shards, tmp_path):
+    flags = tiny_flags(shards, tmp_path / "log", compile=False, max_steps=1, warmup_steps=0, eval_every=0)
+    if mode == "--sample":
+        run_train(flags)
+    argv = {"--help": ["--help"], "--sample": [*flags, "--sample"], "train": flags}[mode]
+    unwanted = {"transformers", "matplotlib", "huggingface_hub", "pyarrow", "safetensors"}
+    if mode != "train":  # torch's own optimisers import it
+        unwanted.add("torch._inductor")
+    program = (
+        "import atexit, sys, train_gpt2\n"
+        f"unwanted = {unwanted!r}\n"
+        "atexit.register(lambda: print('loaded:', sorted(unwanted & {*sys.modules}), file=sys.stderr))\n"
+        f"train_gpt2.main({argv!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == "loaded: []"
+
+
 def test_without_shards_the_default_command_says_what_to_run(tmp_path):
     result = run_script(["train_gpt2.py"], cwd=tmp_path)
     assert result.returncode == 1
