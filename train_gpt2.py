@@ -224,19 +224,16 @@ def by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias, for x (..., in), weight (out, in) and bias (out,) or None; gives (..., out)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight.T + bias, for x (..., in), weight (out, in) and bias (out,); gives (..., out)."""
     rows = x.numel() // x.size(-1)
-    if 1 < rows <= 4 and bias is not None and by_hand(x):
+    if 1 < rows <= 4 and by_hand(x):
         # A few samples, one token each: MKL is up to three times as fast with the weights on the left.
         return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1) + bias
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    def reset_parameters(self) -> None:
-        """No time goes into the initial weights of torch, which are not GPT-2's."""
-
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -315,13 +312,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         V, T, C = config.vocab_size, config.block_size, config.n_embd
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(V, C, _weight=torch.empty(V, C)),
-            "wpe": nn.Embedding(T, C, _weight=torch.empty(T, C)),
-            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(C),
-        })  # fmt: skip
-        self.lm_head = Linear(C, V, bias=False)
+        with torch.device("meta"):  # no time goes into the initial weights of torch, which are not GPT-2's
+            self.transformer = nn.ModuleDict({
+                # Left to draw weights on this device, an embedding would import the compiler, which takes a second.
+                "wte": nn.Embedding(V, C, _weight=torch.empty(V, C)),
+                "wpe": nn.Embedding(T, C, _weight=torch.empty(T, C)),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(C),
+            })  # fmt: skip
+            self.lm_head = nn.Linear(C, V, bias=False)
+        self.to_empty(device="cpu")
         self.lm_head.weight = self.transformer.wte.weight
         self.allow(range(config.n_vocab))
         if seed is not None:

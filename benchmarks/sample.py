@@ -24,18 +24,10 @@ import time  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from train_gpt2 import GPT, GPTConfig, SampleConfig, World, generate, pick_device  # noqa: E402
+from benchmarks.hellaswag import make_model  # noqa: E402
+from train_gpt2 import GPT, SampleConfig, World, generate, pick_device  # noqa: E402
 
 PROMPT = list(range(1000, 9000, 1000))
-
-
-def make_model() -> GPT:
-    """Random weights, larger than those that training starts from, so that no two tokens are about as likely."""
-    model = GPT(GPTConfig())
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(2)
-    return model
 
 
 @torch.no_grad()

@@ -54,14 +54,11 @@ def main() -> None:
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         run(QUIET, folder)  # writes the demo corpus
-        number = 0
         for name, flags in lines.items():
-            for cache, rounds in (("cold", 1), ("warm", args.rounds)) if "compiled" in name else (("", args.rounds),):
-                results = []
-                for _ in range(rounds):
-                    number += 1
-                    results.append(run([*flags, "--out_dir", f"log{number}"] if flags != ["--help"] else flags, folder))
-                seconds, steps = zip(*results, strict=True)
+            caches = {"cold": 1, "warm": args.rounds} if "compiled" in name else {"": args.rounds}
+            for cache, rounds in caches.items():
+                # Without a checkpoint, each run starts anew.
+                seconds, steps = zip(*(run(flags, folder) for _ in range(rounds)), strict=True)
                 step = f"{statistics.median(steps):.2f}" if None not in steps else ""
                 span = f"{min(seconds):.2f} to {max(seconds):.2f}"
                 print(f"| {name} | {cache} | {statistics.median(seconds):.2f} ({span}) | {step} |", flush=True)

@@ -27,7 +27,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, wh
 
 import argparse  # noqa: E402
 import multiprocessing  # noqa: E402
-import os  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
 import statistics  # noqa: E402
@@ -208,16 +207,16 @@ class Trainer:
         events = profiler.key_averages()
         known = r"(cudnn\w*sdpa|flash_(fwd|bwd)|fmha|_scaled_dot_product)\w*"
         names = {found[0] for event in events if (found := re.search(known, event.key))}
-        order = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
+        order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
         return names, events.table(sort_by=order, row_limit=30, max_name_column_width=90)
 
-    @classmethod
-    def serve(cls, connection: Connection, *args) -> None:
-        *args, config = args
-        with train_gpt2.join_world(config) as world:
-            trainer = cls(*args, config, world)
-            for method, *values in iter(connection.recv, None):
-                connection.send(getattr(trainer, method)(*values))
+
+def serve(connection: Connection, side: Side, work: Work, config: TrainConfig) -> None:
+    """What a side's process runs: a Trainer's methods, as they are asked for, until None is."""
+    with train_gpt2.join_world(config) as world:
+        trainer = Trainer(side, work, config, world)
+        for method, *values in iter(connection.recv, None):
+            connection.send(getattr(trainer, method)(*values))
 
 
 class Process:
@@ -233,7 +232,7 @@ class Process:
         self.name = side.name
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=Trainer.serve, args=(theirs, side, work, config), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, side, work, config), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -338,8 +337,10 @@ def main() -> None:
     works = args.works or (["gpu"] if on_cuda else ["demo"] if args.losses else ["demo", "demo_unmasked", "124m"])
     if unknown := [name for name in works if name not in WORKS]:
         parser.error(f"no work {unknown[0]!r}: take {', '.join(WORKS)}")
-    if not os.path.isdir(args.data_dir):
+    try:
         fineweb.write_demo(Path(args.data_dir))
+    except fineweb.UserError as error:
+        parser.error(str(error))
     steps = args.losses or 19_073
     config = TrainConfig(data_dir=args.data_dir, max_steps=steps, warmup_steps=min(715, steps // 8))
     device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
