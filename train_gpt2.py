@@ -186,10 +186,10 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x @ weight[:n].T against targets, a few rows at a time.
 
     x (N, C) and weight (V, C) float32, n <= V, targets (N,) int64; gives a float32 scalar. The gradient is formed on
-    the way, while the logits of the rows are still in the CPU's cache, and the (N, V) logits never exist as a whole.
+    the way, in one buffer that is used again, and the (N, V) logits never exist as a whole.
     """
 
-    ROWS = 128
+    ROWS = 256
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, n: int, targets: Tensor) -> Tensor:
@@ -197,17 +197,18 @@ class HeadLoss(torch.autograd.Function):
         loss, dx = x.new_zeros(()), torch.zeros_like(x)
         weight, whole = weight[:n], torch.zeros_like(weight) if with_gradient else weight
         dweight = whole[:n]
-        buffer = x.new_empty(n * min(N, HeadLoss.ROWS))
+        # Rows that begin at multiples of 256 bytes: products are a quarter faster than with 50257 columns.
+        buffer = x.new_empty(min(N, HeadLoss.ROWS), math.ceil(n / 64) * 64)
         for x_rows, dx_rows, target in zip(*(z.split(HeadLoss.ROWS) for z in (x, dx, targets)), strict=True):
-            # A column a row: MKL multiplies faster with the weights on the left.
-            logits = torch.mm(weight, x_rows.T, out=buffer[: n * len(target)].view(n, -1))
-            wanted, largest = logits.gather(0, target[None]), logits.amax(0)
-            exps = logits.sub_(largest).exp_()  # of the softmax, before it is divided by their sum
-            total = exps.sum(0)
-            loss += (total.log() + largest - wanted).sum()
+            # In powers of two, whose kernel is more than twice as fast as exp().
+            logits = torch.mm(x_rows / math.log(2), weight.T, out=buffer[: len(target), :n])
+            wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
+            exps = logits.sub_(largest).exp2_()  # of the softmax, before it is divided by their sum
+            total = exps.sum(1, keepdim=True)
+            loss += (total.log2() + largest - wanted).sum() * math.log(2)
             if with_gradient:
-                torch.mm(exps.T, weight, out=dx_rows).div_(total[:, None]).sub_(weight[target])
-                dweight.addmm_(exps, x_rows / total[:, None])
+                torch.mm(exps, weight, out=dx_rows).div_(total).sub_(weight[target])
+                dweight.addmm_(exps.T, x_rows / total)
         if with_gradient:
             dweight.index_add_(0, targets, x, alpha=-1)
             ctx.save_for_backward(dx.div_(N), whole.div_(N))
