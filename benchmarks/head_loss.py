@@ -48,7 +48,8 @@ def chunked(
     """
     unit, left = math.log(2) if exp2 else 1.0, width == 0
     loss, dx, dweight = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(weight)
-    memory = (scratch if kept else torch.empty)(*((V, rows) if left else (rows, width)))
+    size = (V, rows) if left else (rows, width)
+    memory = scratch(*size, 0) if kept else torch.empty(size)
     buffer = memory if left else memory[:, :V]
     for x_rows, dx_rows, target in zip(x.split(rows), dx.split(rows), targets.split(rows), strict=True):
         if left:
@@ -78,6 +79,7 @@ WAYS = {
     "256 rows, 50,304 apart, exp2": {"rows": 256, "width": 50304},
     "the same, in a buffer that is kept: HeadLoss": {"rows": 256, "width": 50304, "kept": True},
     "the same, the largest logit not taken off": {"rows": 256, "width": 50304, "kept": True, "maximum": False},
+    "the same, exp": {"rows": 256, "width": 50304, "kept": True, "exp2": False},
     "512 rows, 50,304 apart, exp2": {"rows": 512, "width": 50304},
     "1,024 rows, 50,304 apart, exp2": {"rows": 1024, "width": 50304},
 }
@@ -86,7 +88,7 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, choices=range(1, 1000), metavar="N", default=15)
     args = parser.parse_args()
     torch.manual_seed(0)
     x, weight = torch.randn(N, args.channels), 0.05 * torch.randn(V, args.channels)

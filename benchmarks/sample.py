@@ -2,8 +2,9 @@
 
     python benchmarks/sample.py
 
-Four samples go from 8 tokens to 256, in float32, on the GPU if there is one. The weights are random, in the shape of
-GPT-2 124M; each token is the likeliest one, so that all sides must find the same text. tokens/s counts what is new in
+Four samples go from 8 tokens to 256, on the GPU if there is one, and there under bfloat16 autocast, as --sample does;
+--dtype float32 takes that away. The weights are random, in the shape of GPT-2 124M; each token is the likeliest one, so
+that all sides must find the same text in float32; bfloat16 may end ties in other ways. tokens/s counts what is new in
 all four. The prompt and the making of buffers are in the times.
 
 - script: train_gpt2.generate(). Keys and values are kept, and all buffers are allocated once.
@@ -25,7 +26,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from benchmarks.hellaswag import make_model  # noqa: E402
-from train_gpt2 import GPT, SampleConfig, World, generate, pick_device  # noqa: E402
+from train_gpt2 import GPT, SampleConfig, TrainConfig, World, generate, join_world  # noqa: E402
 
 PROMPT = list(range(1000, 9000, 1000))
 
@@ -39,16 +40,8 @@ def loop(model: GPT, rows: int, length: int) -> list[list[int]]:
     return tokens.tolist()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_samples", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loop_rounds", type=int, default=1, help="of the loop, which takes minutes on a CPU")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    rows, length, device = args.num_samples, args.max_length, pick_device(args.device, 0, 1)
-    world, model = World(0, 1, device, torch.float32), make_model()
+def compare(args: argparse.Namespace, world: World) -> None:
+    rows, length, device, model = args.num_samples, args.max_length, world.device, make_model()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder))
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa").to(device).eval()
@@ -71,10 +64,11 @@ def main() -> None:
         for name in sorted(sides, reverse=number % 2 == 1):
             if number < rounds[name]:
                 began = time.perf_counter()
-                texts[name] = sides[name](length)
+                with world.autocast():
+                    texts[name] = sides[name](length)
                 seconds[name].append(time.perf_counter() - began)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}, {world.dtype}")
     print("| side | rounds | seconds, median (least to most) | tokens/s | time / script's | same text |")
     print("|---|---|---|---|---|---|")
     new = rows * (length - len(PROMPT))
@@ -87,6 +81,20 @@ def main() -> None:
                 f"| {new / median:.1f} | {median / base:.2f} | {same} |"
             )
     print(f"the text has {len(set(texts['script'][0]))} different tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whole = {"type": int, "metavar": "N"}
+    parser.add_argument("--num_samples", choices=range(1, 1000), default=4, **whole)
+    parser.add_argument("--max_length", choices=range(13, 1025), default=256, **whole)
+    parser.add_argument("--rounds", choices=range(1, 1000), default=3, **whole)
+    parser.add_argument("--loop_rounds", default=1, help="of the loop, which takes minutes on a CPU", **whole)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    args = parser.parse_args()
+    with join_world(TrainConfig(device=args.device, dtype=args.dtype)) as world:
+        compare(args, world)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def run(flags: list[str], folder: str) -> tuple[float, float | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="of each line but the cold ones")
+    parser.add_argument(
+        "--rounds", type=int, choices=range(1, 100), metavar="N", default=3, help="of each line but the cold ones"
+    )
     parser.add_argument("--batch_124m", type=int, default=2048, help="tokens of the 124M step; 524288 on a GPU")
     parser.add_argument("--micro_124m", type=int, default=2, help="its sequences at a time; 64 on a large GPU")
     args = parser.parse_args()
