@@ -87,6 +87,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if value == []:  # what argparse makes of it
+                self.error(f"--{name}=-- is not a value")
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
             self.error(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ''}")
@@ -128,6 +131,12 @@ def one_line(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def warn(message: str) -> None:
+    """Print a warning, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -349,14 +358,42 @@ def open_shard(path: Path) -> np.ndarray:
             header = np.fromfile(path, dtype="<i4", count=256)
             if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
                 raise ValueError("no header of a version 1 token file")
-            if (size := path.stat().st_size) != 1024 + 2 * int(header[2]):
-                raise ValueError(f"its header promises {header[2]} tokens, its size is {size} bytes")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint16 or tokens.ndim != 1:
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
+        if not isinstance(tokens, np.memmap) or tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError("it is not a row of uint16")
-    except DAMAGE as error:
+        if (size := path.stat().st_size) != tokens.offset + tokens.nbytes:
+            raise ValueError(f"its header promises {len(tokens)} tokens, its size is {size} bytes")
+    except Exception as error:  # NumPy's parser of headers has those of Python's own
         raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
     return tokens
+
+
+class Shard:
+    """A shard to read from for days. Unlike a memory map's, its reader outlives a file that is cut short meanwhile."""
+
+    def __init__(self, path: Path):
+        tokens = open_shard(path)
+        self.path, self.length, self.offset = path, len(tokens), tokens.offset
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.state = self.identity(self.file.fileno())
+
+    def __len__(self) -> int:
+        return self.length
+
+    @staticmethod
+    def identity(file: int | Path) -> tuple:
+        """What tells a file from another, and from itself once it is written to."""
+        found = os.stat(file)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens from `start` on, (count,) uint16; UserError if the file at the path is not what it was at first."""
+        content = os.pread(self.file.fileno(), 2 * count, self.offset + 2 * start)
+        with suppress(FileNotFoundError):
+            if self.identity(self.path) == self.state:
+                return np.frombuffer(content, dtype="<u2")
+        mend = "put it back as it was, and the same command goes on from the newest checkpoint"
+        raise UserError(f"{self.path} was removed, replaced or changed during training: {mend}")
 
 
 def pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
@@ -411,6 +448,12 @@ class Manifest:
             mend = f"restore it, or delete {folder} and start again"
             raise UserError(f"cannot read {path}: {one_line(error)}: {mend}") from None
         return manifest
+
+    def check_sizes(self, folder: Path) -> None:
+        """Raise UserError unless its shards are in the folder, with as many tokens; what these are is not looked at."""
+        for shard in self.shards:
+            if len(open_shard(path := folder / shard["name"])) != shard["tokens"]:
+                raise UserError(f"{path} is not what manifest.json says: delete {folder} and start again")
 
     def save(self, folder: Path) -> None:
         """Replace manifest.json, whole or not at all, with a line for each field."""
@@ -693,10 +736,17 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "tokenizer"):
         if (was := getattr(manifest, name)) != (now := getattr(wanted, name)):
             raise UserError(f"{folder} has shards with {name} {was}, not {now}: give another --out_dir")
-    for shard in manifest.shards:
-        if len(open_shard(folder / shard["name"])) != shard["tokens"]:
-            raise UserError(f"{folder / shard['name']} is not what manifest.json says: delete {folder} and start again")
+    manifest.check_sizes(folder)
     return manifest if manifest.shards else None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError if a folder has a manifest.json, and the shards beside it are not all there."""
+    if (folder / "manifest.json").exists():
+        manifest = Manifest.load(folder)
+        manifest.check_sizes(folder)
+        if not manifest.complete:
+            raise UserError(f"{folder} lacks shards: run the `python fineweb.py` command that began it again")
 
 
 def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
