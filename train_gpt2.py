@@ -18,14 +18,16 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -39,6 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -88,11 +91,21 @@ class GPTConfig(Config):
     def check(self):
         if self.n_embd % self.n_head:
             raise ValueError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}")
+        needed = 4 * (self.parameters + (self.vocab_size - self.n_vocab) * self.n_embd)
+        if needed > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            shape = ", ".join(f"--{name} {value}" for name, value in vars(self).items())
+            raise ValueError(f"out of memory: {needed / 1e9:,.0f} GB for the weights of {shape}, of {there / 1e9:,.0f}")
 
     @property
     def n_vocab(self) -> int:
         """How many rows of the embedding are real tokens: ids 0 to n_vocab - 1."""
         return min(self.vocab_size, N_VOCAB)
+
+    @property
+    def parameters(self) -> int:
+        """Weights that take part: the tied embedding once, without its padded rows."""
+        C = self.n_embd
+        return (self.n_vocab + self.block_size) * C + self.n_layer * (12 * C + 13) * C + 2 * C
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,8 @@ class TrainConfig(Config):
     hellaswag_every: int = option(250, "steps between HellaSwag evaluations; 0 = never", minimum=0)
     hellaswag_data: str = option("", "its .parquet or .jsonl file; empty takes the validation split from the Hub")
     sample_every: int = option(250, "steps between samples; 0 = never", minimum=0)
-    save_every: int = option(250, "steps between checkpoints; 0 = never", minimum=0)
+    save_every: int = option(250, "steps between checkpoints, of which two are kept; 0 = never", minimum=0)
+    keep_every: int = option(0, "steps between checkpoints that are kept for good; 0 = none", minimum=0)
     init_from: str = option("scratch", "scratch, gpt2[-medium, -large, -xl], a folder or a checkpoint", fixed=True)
     resume: bool = option(True, "go on from the newest checkpoint in --out_dir")
     extend: bool = option(False, "let a resumed run have a larger --max_steps, which stretches the cosine")
@@ -146,6 +160,11 @@ class SampleConfig(Config):
     max_length: int = option(64, "tokens in all, prompt included", minimum=1)
     top_k: int = option(50, "draw among the k likeliest tokens", minimum=1)
     temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", minimum=0)
+
+    def check(self):
+        if self.num_samples * self.max_length > 2**26:
+            both = f"--num_samples {self.num_samples} x --max_length {self.max_length}"
+            raise ValueError(f"{both} is out of memory's reach: take at most {2**26:,} tokens in all")
 
 
 # What --demo changes: a step takes 0.2 s on two CPU cores.
@@ -183,9 +202,10 @@ def command_line() -> fineweb.Parser:
 
 
 @lru_cache(maxsize=1)
-def scratch(rows: int, columns: int) -> Tensor:
-    """Memory to compute in on a CPU, the same every time: fresh pages would cost HeadLoss a tenth of its time."""
-    return torch.empty(rows, columns)
+@torch.inference_mode(False)
+def scratch(rows: int, columns: int, thread: int) -> Tensor:
+    """Memory for a thread to compute in, the same every time: fresh pages would cost HeadLoss a tenth of its time."""
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
 
 
 class HeadLoss(torch.autograd.Function):
@@ -204,7 +224,7 @@ class HeadLoss(torch.autograd.Function):
         weight, whole = weight[:n], torch.zeros_like(weight) if with_gradient else weight
         dweight = whole[:n]
         # Rows that begin at multiples of 256 bytes: products are a quarter faster than with 50257 columns.
-        buffer = scratch(min(N, HeadLoss.ROWS), math.ceil(n / 64) * 64)
+        buffer = scratch(min(N, HeadLoss.ROWS), math.ceil(n / 64) * 64, threading.get_ident())
         for x_rows, dx_rows, target in zip(*(z.split(HeadLoss.ROWS) for z in (x, dx, targets)), strict=True):
             # In powers of two, whose kernel is more than twice as fast as exp().
             logits = torch.mm(x_rows / math.log(2), weight.T, out=buffer[: len(target), :n])
@@ -221,6 +241,7 @@ class HeadLoss(torch.autograd.Function):
         return loss / N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         dx, dweight = ctx.saved_tensors
         return dx.mul_(grad), dweight.mul_(grad), None, None  # in place, as a second gradient of the head is large
@@ -228,7 +249,8 @@ class HeadLoss(torch.autograd.Function):
 
 def by_hand(x: Tensor) -> bool:
     """Whether what is written by hand for eager float32 on a CPU applies to x."""
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    eager = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return eager and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -405,7 +427,9 @@ class GPT(nn.Module):
         if by_hand(hidden):
             ids = self.token_ids
             if len(ids) == self.config.n_vocab:
-                return HeadLoss.apply(hidden, self.lm_head.weight, len(ids), targets)
+                # Within HeadLoss, gradients look wanted even where they are switched off.
+                weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+                return HeadLoss.apply(hidden, weight, len(ids), targets)
             # A smaller head: the rows of these tokens alone, among which a target stands somewhere else.
             rows = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
             loss = HeadLoss.apply(hidden, self.lm_head.weight.index_select(0, ids), len(ids), rows)
@@ -417,11 +441,6 @@ class GPT(nn.Module):
         """Logits (B, T, V) for token ids (B, T), T <= block_size; with targets (B, T), mean cross-entropy in nats."""
         hidden = self.hidden(tokens)
         return self.logits(hidden) if targets is None else self.loss(hidden, targets)
-
-    def num_parameters(self) -> int:
-        """Weights that take part: the tied embedding once, without its padded rows."""
-        padded = (self.config.vocab_size - self.config.n_vocab) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padded
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str) -> "GPT":
@@ -439,21 +458,24 @@ class GPT(nn.Module):
         if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.isdir(name_or_dir):
             raise UserError(f"{refused}: not a folder, nor gpt2, gpt2-medium, gpt2-large or gpt2-xl")
         try:
-            theirs, info = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
+            c = GPT2Config.from_pretrained(name_or_dir)
+            if c.vocab_size > N_VOCAB:
+                raise ValueError(f"it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
+            for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights",
+                        "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):  # fmt: skip
+                if (found := getattr(c, key)) != (wanted := getattr(GPT2Config(), key)):
+                    raise ValueError(f"its {key} is {found!r}, GPT-2 has {wanted!r}")
+            vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
+            shape = GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd)
+            theirs, info = GPT2LMHeadModel.from_pretrained(
+                name_or_dir, config=c, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
+                raise ValueError(f"it lacks {lacking[0]}, as GPT-2 has it")
             unseen = {*(theirs.generation_config.suppress_tokens or ())}
         except Exception as error:  # network, files and formats each have their own
             raise UserError(f"{refused}: {one_line(error)}") from None
-        c = theirs.config
-        if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise UserError(f"{refused}: it lacks {lacking[0]}, as GPT-2 has it")
-        if c.vocab_size > N_VOCAB:
-            raise UserError(f"{refused}: it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
-        for key in ("model_type", "activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights",
-                    "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):  # fmt: skip
-            if (found := getattr(c, key)) != (wanted := getattr(GPT2Config(), key)):
-                raise UserError(f"{refused}: its {key} is {found!r}, GPT-2 has {wanted!r}")
-        vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
-        model = cls(GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd), seed=None)
+        model = cls(shape, seed=None)
         ours = model.state_dict()
         for name, w in theirs.state_dict().items():
             w = w.T if name.endswith(CONV1D) else w
@@ -512,7 +534,7 @@ class Sequences:
         self.known = np.zeros(2**16, dtype=bool)
         self.known[range(config.n_vocab) if token_ids is None else token_ids] = True
         self.paths = find_shards(data_dir, split)
-        self.shards = [fineweb.open_shard(path) for path in self.paths]
+        self.shards = [fineweb.Shard(path) for path in self.paths]
         self.n_tokens = sum(len(shard) for shard in self.shards)
         # ends[s] is how many sequences the shards up to and with s hold.
         self.ends = np.cumsum([max(0, len(shard) - 1) // config.block_size for shard in self.shards])
@@ -527,13 +549,16 @@ class Sequences:
         return int(self.ends[-1])
 
     def read(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (number of indices, block_size) int64; UserError on an id that may not occur."""
+        """Inputs and targets, each (number of indices, block_size) int64.
+
+        Raises UserError on an id that may not occur, and if a shard is not the file that it was at the start.
+        """
         T = self.config.block_size
         rows = []
         for i in indices:
             s = int(np.searchsorted(self.ends, i, side="right"))
             start = (int(i) - (int(self.ends[s - 1]) if s else 0)) * T
-            row = self.shards[s][start : start + T + 1]
+            row = self.shards[s].read(start, T + 1)
             if not (known := self.known[row]).all():
                 n = np.count_nonzero(self.known)
                 found = f"{self.paths[s]} holds token {row[~known][0]}, which is none of the model's {n}"
@@ -652,10 +677,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
-def flops_per_token(model: GPT) -> int:
+def flops_per_token(c: GPTConfig) -> int:
     """6 N + 12 L C T as in PaLM (arXiv:2204.02311, appendix B), N without the positions, which multiply nothing."""
-    c = model.config
-    return 6 * (model.num_parameters() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * (c.parameters - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 # ---------------------------------------------------------------- distributed
@@ -739,9 +763,19 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     if size == 1:
         yield world
         return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        # github.com/pytorch/pytorch/issues/135712: ranks would look for each other where the ones before them were.
+        mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        raise UserError(f"torchrun's restarts don't work: {mend}; the same command goes on from the newest checkpoint")
     dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
-        yield world
+        try:
+            yield world
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|[Cc]onnection", str(error)):
+                raise
+            mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
+            raise UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})") from None
     except BaseException as error:
         # The others may sit in a collective that this rank will never join, and NCCL's shutdown would wait for them
         # for ever: end anyway, and torchrun ends the rest.
@@ -758,6 +792,26 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def stop_requests(requests: list[float]) -> Iterator[None]:
+    """Put the time of a first SIGTERM or SIGINT into a list, to be looked at; let the next one end the process at once.
+
+    What comes within a second is the same request, passed on by torchrun or Slurm as well.
+    """
+
+    def handle(number: int, frame) -> None:
+        if requests and time.monotonic() - requests[0] > 1:
+            os._exit(128 + number)
+        requests.append(time.monotonic())
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- evaluation and sampling
@@ -790,25 +844,25 @@ def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, wor
     tokens[:, : len(prompt)] = torch.tensor(prompt)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     cache, cached = model.make_cache(B, min(window, config.max_length), world.dtype), 0
-    for n in range(len(prompt), config.max_length):  # n tokens are there
-        with (
-            world.autocast(),
-            # Not cuDNN, which torch prefers on Hopper: it would plan anew for each number of keys.
-            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-        ):
+    with (
+        world.autocast(),  # around all, as it keeps the weights that it has cast
+        # Not cuDNN, which torch prefers on Hopper: it would plan anew for each number of keys.
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
+        for n in range(len(prompt), config.max_length):  # n tokens are there
             if n <= window:
                 hidden, cached = model.hidden(tokens[:, cached:n], cache=cache[..., :n, :]), n
             else:  # the window moves, each token has another position, and with it other keys
                 hidden = model.hidden(tokens[:, n - window : n])
             logits = model.logits(hidden[:, -1])  # (B, V)
-        likeliest, ids = logits.float().topk(1 if config.temperature == 0 else config.top_k)  # (B, k)
-        # The largest becomes 0 first, so that no temperature, however small, overflows.
-        scaled = (likeliest - likeliest[:, :1]) / max(config.temperature, 1e-6)
-        drawn = torch.multinomial(scaled.softmax(dim=1), 1, generator=generator)  # (B, 1)
-        tokens[:, n] = ids.gather(1, drawn)[:, 0].masked_fill(ended, END_OF_TEXT)
-        ended |= tokens[:, n] == END_OF_TEXT
-        if ended.all():
-            break
+            likeliest, ids = logits.float().topk(1 if config.temperature == 0 else config.top_k)  # (B, k)
+            # The largest becomes 0 first, so that no temperature, however small, overflows.
+            scaled = (likeliest - likeliest[:, :1]) / max(config.temperature, 1e-6)
+            drawn = torch.multinomial(scaled.softmax(dim=1), 1, generator=generator)  # (B, 1)
+            tokens[:, n] = ids.gather(1, drawn)[:, 0].masked_fill(ended, END_OF_TEXT)
+            ended |= tokens[:, n] == END_OF_TEXT
+            if ended.all():
+                break
     drawn_rows = tokens[:, len(prompt) :].tolist()
     return [prompt + list(takewhile(lambda token: token != END_OF_TEXT, row)) for row in drawn_rows]
 
@@ -835,14 +889,18 @@ def sample_texts(model: GPT, config: SampleConfig, seed: int, world: World) -> l
 # ---------------------------------------------------------------- checkpoints and the log
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem[5:])
+
+
 def find_checkpoints(out_dir: str) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem[5:]))
+    return sorted((path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()), key=step_of)
 
 
 def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> Path:
-    """Write ckpt_STEP.pt, whole or not at all, then drop all but the newest two; returns its path."""
+    """Write ckpt_STEP.pt, whole or not at all, then drop those before it but one and --keep_every's; gives its path."""
     path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
     with whole_file(path) as file:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -853,21 +911,27 @@ def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, con
             torch.save(state, file)
         except RuntimeError as error:  # torch's writer hides the reason, a full disk say, in the context
             raise UserError(f"cannot write {path}: {one_line(error.__context__ or error)}") from None
-    for old in find_checkpoints(config.out_dir)[:-2]:
-        old.unlink()
+    # Later ones, which are damaged as the run began before them, don't count.
+    for old in [path for path in find_checkpoints(config.out_dir) if step_of(path) <= step][:-2]:
+        if not config.keep_every or step_of(old) % config.keep_every:
+            old.unlink()
     return path
+
+
+class DamagedError(UserError):
+    """A checkpoint that can't be read."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns whatever a damaged or foreign checkpoint raises inside into a UserError."""
+    """Turns whatever a damaged or foreign checkpoint raises inside into a DamagedError, which says all there is."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except Exception as error:  # torch.load alone raises a dozen kinds
         # torch's own words for a file that holds code are an advice to run it.
         why = "no checkpoint, or one that holds code" if isinstance(error, UnpicklingError) else one_line(error)
-        message = f"cannot read checkpoint {path} ({why}): move it away to use the one before it"
-        raise UserError(message) from None
+        raise DamagedError(f"cannot read checkpoint {path} ({why}): restore it or move it away") from None
 
 
 def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
@@ -880,9 +944,21 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
             model.allow(checkpoint["token_ids"])
         dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
         step, named = checkpoint["step"], re.fullmatch(r"ckpt_(\d+)", path.stem)
-        if not isinstance(step, int) or (named and int(named[1]) != step):
+        if type(step) is not int or (named and step_of(path) != step):
             raise ValueError(f"it says that it is of step {step}")
     return model, checkpoint
+
+
+def take_newest(out_dir: str, take: Callable[[Path], Any]) -> Any:
+    """take() of the newest checkpoint, or of the one before it if that is damaged, and so on; None if there is none."""
+    found = find_checkpoints(out_dir)
+    for path in reversed(found):
+        try:
+            return take(path)
+        except DamagedError as error:
+            if path == found[0]:
+                raise
+            fineweb.warn(f"{error}; taking the one before it")
 
 
 def load_model(source: str, block_size: int | None = None) -> GPT:
@@ -890,9 +966,10 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
 
     A block_size takes away the positions from there on; UserError if there are fewer.
     """
-    path = Path(source)
-    found = find_checkpoints(source) or [path] * path.is_file()
-    model = load_checkpoint(found[-1])[0] if found else GPT.from_pretrained(source)
+    if os.path.isfile(source):
+        model = load_checkpoint(Path(source))[0]
+    else:
+        model = take_newest(source, lambda path: load_checkpoint(path)[0]) or GPT.from_pretrained(source)
     longest = model.config.block_size
     if block_size and block_size > longest:
         raise UserError(f"--block_size {block_size} is above the {longest} positions of {source}: take {longest}", 2)
@@ -932,8 +1009,13 @@ class Log:
 
     def write(self, event: str, step: int, **values) -> None:
         if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, "step": step} | values) + "\n")
+            line = json.dumps({"event": event, "step": step} | values) + "\n"
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                error.filename = str(self.path)  # which a failed write doesn't tell
+                raise
 
 
 def read_log(path: Path) -> dict[str, dict[int, dict]]:
@@ -945,12 +1027,12 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            if entry["event"] == "start":
-                for name, old in events.items():
-                    events[name] = {step: e for step, e in old.items() if step <= entry["step"]}
-            events.setdefault(entry["event"], {})[entry["step"]] = entry
-        except (ValueError, KeyError, TypeError):
+            event, step = str(entry["event"]), int(entry["step"])
+        except fineweb.DAMAGE:
             continue
+        if event == "start":
+            events = {name: {s: e for s, e in old.items() if s <= step} for name, old in events.items()}
+        events.setdefault(event, {})[step] = entry
     return events
 
 
@@ -1021,9 +1103,7 @@ def can_compile(world: World) -> bool:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
         return True
     except Exception as error:  # each backend has errors of its own for this
-        if world.is_main:
-            why = one_line(error)
-            print(f"warning: torch.compile does not work here, going on without it ({why})", file=sys.stderr)
+        fineweb.warn(f"torch.compile does not work here, going on without it ({one_line(error)})")
         return False
 
 
@@ -1038,8 +1118,13 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     return step_model
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, lr: float, clip: float, world: World):
-    """One update from this rank's micro-batches; returns the loss, averaged over all ranks, and the gradient's norm."""
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, step: int, config: TrainConfig, world: World
+) -> tuple[float, float]:
+    """The update that makes `step` of them, from this rank's micro-batches; its loss and its gradient's norm.
+
+    The loss is averaged over all ranks. If one of the two is not finite, all ranks raise UserError before the update.
+    """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=world.device)
     for i, (x, y) in enumerate(batches):
@@ -1051,11 +1136,17 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
                 loss = model(world.move(x), world.move(y)) / len(batches)
             loss.backward()
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    loss, norm = world.mean(torch.stack([total, norm])).tolist()  # waits for the device
+    if not math.isfinite(loss + norm):
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {norm}; the weights stay as they were, and so does the newest "
+            f"checkpoint: go on from it in another --out_dir with --init_from {config.out_dir} and a lower --max_lr"
+        )
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = learning_rate(step, config)
     optimizer.step()
-    return world.mean(total), norm
+    return loss, norm
 
 
 def which_tokens(config: TrainConfig, gpt_config: GPTConfig, world: World) -> list[int]:
@@ -1082,29 +1173,34 @@ def start_or_resume(
     kept. Raises UserError if what is there does not fit the flags.
     """
     pretrained = config.init_from != "scratch"
+
+    def resume(path: Path) -> tuple[GPT, torch.optim.AdamW, int]:
+        model, checkpoint = load_checkpoint(path)
+        block_size = (gpt_config or model.config).block_size
+        check_same_run(
+            checkpoint, dataclasses.replace(model.config, block_size=block_size) if pretrained else gpt_config, config
+        )
+        optimizer = make_optimizer(model.to(world.device), config)
+        with reading(path):
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for p in model.parameters():  # the fused kernel trusts these shapes
+                if any(optimizer.state[p][key].shape != p.shape for key in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("the optimizer's state is of another shape than the model")
+        return model, optimizer, checkpoint["step"]
+
     found = find_checkpoints(config.out_dir)
     if not config.resume and (found or (Path(config.out_dir) / "log.jsonl").exists()):
         raise UserError(f"--no-resume, and {config.out_dir} holds a run already: give another --out_dir", status=2)
-    if not found:
-        if pretrained:
-            model = load_model(config.init_from, gpt_config and gpt_config.block_size)
-        else:
-            model = GPT(gpt_config, config.seed)
-        if config.max_steps or config.mask_unseen:  # only to be evaluated, weights keep the mask that they have
-            model.allow(which_tokens(config, model.config, world))
-        model.to(world.device)
-        return model, make_optimizer(model, config), 0
-    model, checkpoint = load_checkpoint(found[-1])
+    if found:
+        return take_newest(config.out_dir, resume)
     if pretrained:
-        gpt_config = dataclasses.replace(model.config, block_size=(gpt_config or model.config).block_size)
-    check_same_run(checkpoint, gpt_config, config)
-    optimizer = make_optimizer(model.to(world.device), config)
-    with reading(found[-1]):
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for p in model.parameters():  # the fused kernel trusts these shapes
-            if any(optimizer.state[p][key].shape != p.shape for key in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("the optimizer's state is of another shape than the model")
-    return model, optimizer, checkpoint["step"]
+        model = load_model(config.init_from, gpt_config and gpt_config.block_size)
+    else:
+        model = GPT(gpt_config, config.seed)
+    if config.max_steps or config.mask_unseen:  # only to be evaluated, weights keep the mask that they have
+        model.allow(which_tokens(config, model.config, world))
+    model.to(world.device)
+    return model, make_optimizer(model, config), 0
 
 
 def git_commit() -> str | None:
@@ -1125,8 +1221,8 @@ def load_hellaswag(config: TrainConfig, gpt_config: GPTConfig, world: World) -> 
     except (UserError, OSError) as error:
         why = str(error)
     missing = world.sum(data is None)[0]
-    if missing and world.is_main:
-        print(f"warning: going on without HellaSwag: {why}", file=sys.stderr)
+    if missing:
+        fineweb.warn(f"going on without HellaSwag: {why}")
     return None if missing else data
 
 
@@ -1154,80 +1250,102 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
     out_dir = Path(config.out_dir)
     if start:
         check_same_data(out_dir / "log.jsonl", data, config)
+    fineweb.check_folder(Path(config.data_dir))
     log = Log(out_dir / "log.jsonl", world)
+    if world.is_main:
+        for left_over in (*out_dir.glob("ckpt_*.pt.tmp"), out_dir / "curves.png.tmp"):  # by a run that was killed
+            left_over.unlink(missing_ok=True)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     facts = {
         "torch": torch.__version__, "device": device, "world_size": world.size, "commit": git_commit(),
-        "parameters": model.num_parameters(), "train_tokens": data.n_tokens, "data": data.paths[0].name.split("_")[0],
+        "parameters": model.config.parameters, "train_tokens": data.n_tokens, "data": data.paths[0].name.split("_")[0],
         "tokens_allowed": len(token_ids),
     }  # fmt: skip
     settings = {name: value for c in (model.config, config, sample_config) for name, value in vars(c).items()}
     log.write("start", start, **settings | facts)
     world.say(
-        f"GPT-2 with {model.num_parameters():,} parameters on {world.size} x {device}, {str(world.dtype)[6:]}; "
+        f"GPT-2 with {model.config.parameters:,} parameters on {world.size} x {device}, {str(world.dtype)[6:]}; "
         f"{data.n_tokens:,} tokens in {config.data_dir}; step {start} to {config.max_steps}; files in {config.out_dir}"
     )
     if config.mask_unseen:
         world.say(f"{len(token_ids):,} of {model.config.n_vocab:,} tokens occur; the others get no probability")
     examples = load_hellaswag(config, model.config, world) if config.hellaswag_every else None
 
-    def look(step: int) -> None:
-        """Whatever is due after a step; the training clock stands still."""
-        if val_data and due(step, config.eval_every, config):
+    requests: list[float] = []
+
+    def stopping() -> bool:
+        """Whether any rank was asked to stop; all of them hear the same."""
+        return world.sum(bool(requests))[0] > 0
+
+    def look(step: int) -> bool:
+        """Whatever is due after a step, while the training clock stands still; returns whether to stop here."""
+        if val_data and due(step, config.eval_every, config) and not stopping():
             loss, tokens = evaluate(model, val_data, config, world)
             world.say(f"step {step:5d} | validation loss {loss:.4f} over {tokens:,} tokens")
             log.write("val", step, loss=loss, tokens=tokens)
-        if examples and due(step, config.hellaswag_every, config):
+        if examples and due(step, config.hellaswag_every, config) and not stopping():
             found = examples.summary(hellaswag.evaluate(model, examples, world))
             world.say(f"step {step:5d} | HellaSwag acc_norm {found['acc_norm']:.4f}, acc {found['acc']:.4f}")
             log.write("hellaswag", step, **{name: found[name] for name in ("acc_norm", "acc", "examples")})
         if world.is_main and (due(step, config.eval_every, config) or due(step, config.hellaswag_every, config)):
-            draw_curves(log.path, out_dir / "curves.png")
-        if world.is_main and step and due(step, config.sample_every, config):
+            try:
+                draw_curves(log.path, out_dir / "curves.png")
+            except Exception as error:  # a picture is no reason to end a run of days
+                fineweb.warn(f"cannot draw {out_dir / 'curves.png'}: {one_line(error)}")
+        if world.is_main and step and due(step, config.sample_every, config) and not requests:
             for text in sample_texts(model, sample_config, config.seed, world):
                 world.say(f"step {step:5d} | sample: {text}")
-        if world.is_main and step > start and due(step, config.save_every, config):
+        stop = stopping()
+        to_keep = config.keep_every and step % config.keep_every == 0
+        to_save = due(step, config.save_every, config) or to_keep or (stop and config.save_every)
+        if world.is_main and step > start and to_save:
             save_checkpoint(model, optimizer, step, config)
+        return stop
 
-    if start == 0 or start == config.max_steps:
+    # A run that was asked to stop may have left out the evaluations of its last step.
+    kinds = {"val": config.eval_every if val_data else 0, "hellaswag": config.hellaswag_every if examples else 0}
+    logged = read_log(log.path) if world.is_main else {}
+    lacking = any(due(start, every, config) and start not in logged.get(kind, ()) for kind, every in kinds.items())
+    if world.sum(world.is_main and lacking)[0] or start in (0, config.max_steps):
         look(start)
     step_model = make_step_model(model, config, world) if start < config.max_steps else model
-    peak, flops = peak_flops(world.device, world.dtype), flops_per_token(model)
+    peak, flops = peak_flops(world.device, world.dtype), flops_per_token(model.config)
     recent: deque[float] = deque(maxlen=20)  # tokens per second
     end = tokens_before(config.max_steps + 1, config)
     steps = range(start + 1, config.max_steps + 1)
     load = partial(step_batches, data=data, config=config, rank=world.rank, size=world.size)
     batches = fineweb.prefetch(load, steps)
-    for step in steps:
-        began = time.perf_counter()
-        lr = learning_rate(step, config)
-        loss, norm = train_step(step_model, optimizer, next(batches), lr, config.grad_clip, world)
-        loss, norm = loss.item(), norm.item()  # waits for the device, so that the clock is right
-        seconds = time.perf_counter() - began
-        tokens = batch_tokens(step, config)
-        rate = tokens / seconds
-        recent.append(rate)
-        mfu = rate * flops / (peak * world.size) if peak else None
-        measured = {"ms": 1000 * seconds, "tokens": tokens, "tokens_per_s": rate, "mfu": mfu}
-        log.write("train", step, loss=loss, lr=lr, grad_norm=norm, **measured)
-        left = timedelta(seconds=round((end - tokens_before(step + 1, config)) / statistics.median(recent)))
-        world.say(
-            f"step {step:5d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-            f"{tokens:,} tokens in {1000 * seconds:.0f} ms, {rate:,.0f}/s | "
-            f"{f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
-        )
-        look(step)
+    with stop_requests(requests):
+        for step in steps:
+            began = time.perf_counter()
+            loss, norm = train_step(step_model, optimizer, next(batches), step, config, world)
+            seconds = time.perf_counter() - began
+            tokens, lr = batch_tokens(step, config), learning_rate(step, config)
+            rate = tokens / seconds
+            recent.append(rate)
+            mfu = rate * flops / (peak * world.size) if peak else None
+            measured = {"ms": 1000 * seconds, "tokens": tokens, "tokens_per_s": rate, "mfu": mfu}
+            log.write("train", step, loss=loss, lr=lr, grad_norm=norm, **measured)
+            left = timedelta(seconds=round((end - tokens_before(step + 1, config)) / statistics.median(recent)))
+            world.say(
+                f"step {step:5d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                f"{tokens:,} tokens in {1000 * seconds:.0f} ms, {rate:,.0f}/s | "
+                f"{f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
+            )
+            if look(step):
+                world.say(f"stopped after step {step}, as asked: the same command goes on from the newest checkpoint")
+                break
     files = [log.path, out_dir / "curves.png", *find_checkpoints(config.out_dir)[-1:]]
     world.say(f"written: {', '.join(str(path) for path in files if path.exists())}")
 
 
 def chosen_model(gpt_config: GPTConfig | None, config: TrainConfig) -> tuple[GPT, str]:
-    """The newest checkpoint's model, or that of --init_from, and where it comes from."""
+    """The model of the newest checkpoint that can be read, or that of --init_from, and where it comes from."""
     if config.init_from != "scratch":
         return load_model(config.init_from, gpt_config and gpt_config.block_size), config.init_from
-    if not (found := find_checkpoints(config.out_dir)):
+    if not (taken := take_newest(config.out_dir, lambda path: (load_checkpoint(path)[0], str(path)))):
         raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
-    return load_model(str(found[-1])), str(found[-1])
+    return taken
 
 
 def sample(model: GPT, source: str, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:

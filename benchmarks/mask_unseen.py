@@ -37,7 +37,7 @@ def make_side(shape: GPTConfig, token_ids: list[int] | None, compile: bool, batc
 
     def step() -> float:
         began = time.perf_counter()
-        train_step(step_model, optimizer, batches, 1e-4, 1.0, CPU)
+        train_step(step_model, optimizer, batches, 1, config, CPU)
         return time.perf_counter() - began
 
     return step

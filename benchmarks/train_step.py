@@ -7,17 +7,17 @@
 A step is what train_gpt2.py's clock covers: the batch from the shards, forward, backward, clipping, AdamW. Each side
 is a process of its own, so that its peak of memory is its own (on a GPU that of CUDA's allocator), and trains on the
 same batches from the same weights. On a CPU the sides take turns, a step each, in an order that is reversed every time;
-on a GPU they run one after another. The batches come from --data_dir; if that isn't there, the demo corpus is written
-to it.
+on a GPU they run one after another. The batches come from --data_dir, or from the demo corpus, which is written if it
+isn't there.
 
 - script: train_gpt2.py as it is. In demo, with a mask on the tokens that don't occur, as --demo has it.
 - plain: the same model and the same mathematics without what is written by hand for a CPU, so that the loss is
   F.cross_entropy(lm_head(x) + token_bias), token_bias being minus infinity on what takes no part.
-- float32 logits: the head's product and the loss in float32 outside autocast.
+- float32 logits: the head's product and the loss outside autocast (on CUDA in TF32, as the script sets it).
 - transformers: GPT2LMHeadModel with the same weights, dropout 0, SDPA, no cache, and its own loss.
 
-tokens/s is a step's tokens by the median time. MFU counts 6 N + 12 L C T FLOP a token (0.857 GFLOP for GPT-2 124M)
-against the dense bfloat16 peak of the data sheet (989 TFLOP/s for H100 and H200).
+tokens/s is a step's tokens by the median time. MFU counts 6 N + 12 L C T FLOP a token, N without the positions (0.855
+GFLOP for GPT-2 124M), against the dense bfloat16 peak of the data sheet (989 TFLOP/s for H100 and H200).
 """
 
 import sys
@@ -125,6 +125,7 @@ class Transformers(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(Path(folder))
             self.model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        self.model.loss_type = "ForCausalLM"  # else a warning about its lack breaks the compiled graph in two
         self.model.train()
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -169,12 +170,10 @@ class Trainer:
         for _ in range(n):
             began = time.perf_counter()
             self.step += 1
-            lr = train_gpt2.learning_rate(self.step, self.config)
             with self.kernels():
                 loss, _ = train_gpt2.train_step(
-                    self.step_model, self.optimizer, next(self.batches), lr, self.config.grad_clip, self.world
+                    self.step_model, self.optimizer, next(self.batches), self.step, self.config, self.world
                 )
-            loss = loss.item()
             results.append((time.perf_counter() - began, loss))
         return results
 
@@ -260,7 +259,7 @@ def in_turns(processes: list[Process], rounds: int) -> dict[str, list]:
 
 def measure(name: str, work: Work, config: TrainConfig, args: argparse.Namespace, on_cuda: bool) -> None:
     """Print a work's table, and below it what shows that the sides do the same."""
-    c, flops = work.shape, train_gpt2.flops_per_token(GPT(work.shape, None))
+    c, flops = work.shape, train_gpt2.flops_per_token(work.shape)
     print(
         f"\n{name}: {c.n_layer} layers, {c.n_embd} channels, T = {c.block_size}; {work.batch_tokens:,} tokens a step "
         f"in micro-batches of {work.micro_batch} sequences; {args.steps} steps after {args.warmup} to warm up\n"
@@ -328,7 +327,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default=fineweb.DEMO_DIR, help="folder of the shards")
     parser.add_argument("--steps", type=int, default=20, help="to measure, of each side")
     parser.add_argument("--warmup", type=int, default=4, help="steps before these")
-    parser.add_argument("--sides", nargs="*", help="the numbers of the sides to take, from 0; all if not given")
+    parser.add_argument("--sides", nargs="*", type=int, help="the numbers of the sides to take, from 0; else all")
     parser.add_argument("--profile", action="store_true", help="print where each side's time goes")
     parser.add_argument("--losses", type=int, metavar="N", help="compare N losses of the first two sides instead")
     parser.add_argument("--picture", default="losses.png", help="where --losses draws them")
@@ -337,9 +336,21 @@ def main() -> None:
     works = args.works or (["gpu"] if on_cuda else ["demo"] if args.losses else ["demo", "demo_unmasked", "124m"])
     if unknown := [name for name in works if name not in WORKS]:
         parser.error(f"no work {unknown[0]!r}: take {', '.join(WORKS)}")
+    if "gpu" in " ".join(works) and not on_cuda:
+        parser.error("gpu and gpu_tried need a GPU")
+    if not Path(args.picture).parent.is_dir():
+        parser.error(f"--picture {args.picture}: there is no such folder")
+    if min(args.steps, args.warmup + 1, args.losses or 1) < 1:
+        parser.error("--steps and --losses must be at least 1, --warmup 0")
+    for work in (WORKS[name] for name in works):
+        chosen = [0, 1] if args.losses else args.sides or []
+        if any(not 0 <= i < len(work.sides) or (args.losses and work.sides[i].model == "transformers") for i in chosen):
+            parser.error("no such --sides, or no validation for --losses (which compares the first two)")
     try:
-        fineweb.write_demo(Path(args.data_dir))
-    except fineweb.UserError as error:
+        if args.data_dir == fineweb.DEMO_DIR:
+            fineweb.write_demo(Path(args.data_dir))
+        train_gpt2.find_shards(args.data_dir, "train")
+    except (fineweb.UserError, OSError) as error:
         parser.error(str(error))
     steps = args.losses or 19_073
     config = TrainConfig(data_dir=args.data_dir, max_steps=steps, warmup_steps=min(715, steps // 8))
@@ -347,12 +358,11 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, shards in {args.data_dir}", flush=True)
     for name in works:
         work = WORKS[name]
-        if args.sides:
-            work = replace(work, sides=tuple(work.sides[int(i)] for i in args.sides))
         if args.losses:
             compare_losses(work, config, args.losses, Path(args.picture))
         else:
-            measure(name, work, config, args, on_cuda)
+            sides = tuple(side for i, side in enumerate(work.sides) if i in (args.sides or range(len(work.sides))))
+            measure(name, replace(work, sides=sides), config, args, on_cuda)
 
 
 if __name__ == "__main__":

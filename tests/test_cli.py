@@ -140,7 +140,7 @@ def test_a_bad_flag_is_one_line_and_status_2(shards, tmp_path, capsys, argv, nam
 
 @pytest.mark.parametrize("n_embd", [2**24, 2**31])
 def test_a_model_too_large_for_the_memory_is_one_line(shards, tmp_path, capsys, n_embd):
-    assert run_train(tiny_flags(shards, tmp_path / "log", n_embd=n_embd)) == 1
+    assert run_train(tiny_flags(shards, tmp_path / "log", n_embd=n_embd)) == 2
     assert "out of memory" in the_line(capsys)
 
 
@@ -213,7 +213,7 @@ def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path, capsys):
 @pytest.mark.parametrize(
     "damage", ["cut", "empty", "text", "another file", "another shape", "bad config", "another step", "bad optimizer"]
 )
-def test_an_unreadable_checkpoint_is_named_and_left_alone(shards, tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(shards, tmp_path, capsys, damage):
     flags = tiny_flags(shards, tmp_path / "log")
     assert run_train(flags) == 0
     path = train_gpt2.find_checkpoints(tmp_path / "log")[-1]
@@ -240,10 +240,19 @@ def test_an_unreadable_checkpoint_is_named_and_left_alone(shards, tmp_path, caps
         torch.save(content, path)
     before = path.read_bytes()
     capsys.readouterr()
-    sampling = ["--sample", "--out_dir", tmp_path / "log", "--device", "cpu"]
+    sampling = ["--sample", "--out_dir", tmp_path / "log", "--device", "cpu", "--prompt", "!", "--max_length", "4"]
+    for argv in (sampling, flags) if damage != "bad optimizer" else (flags,):
+        assert run_train(argv) == 0  # from the checkpoint before it
+        assert f"warning: cannot read checkpoint {path} (" in capsys.readouterr().err.splitlines()[0]
+        assert (path.read_bytes() == before) == (argv is sampling)
+    assert newest(tmp_path / "log")["step"] == 6
+
+    path.write_bytes(before)
+    for other in train_gpt2.find_checkpoints(tmp_path / "log")[:-1]:
+        other.unlink()
     for argv in (flags, sampling) if damage != "bad optimizer" else (flags,):
         assert run_train(argv) == 1
-        assert str(path) in capsys.readouterr().err.splitlines()[-1]
+        assert str(path) in the_line(capsys)
         assert path.read_bytes() == before
 
 

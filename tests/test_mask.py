@@ -271,7 +271,7 @@ def test_weights_of_a_masked_run_serve_another_without_its_mask(sparse, shards, 
 
 @pytest.mark.parametrize("token_ids", [None, [], [96], ["a"], [1.5], 7])
 def test_a_checkpoint_with_a_bad_mask_is_refused(sparse, tmp_path, capsys, token_ids):
-    assert run_train(tiny_flags(sparse, tmp_path / "log", mask_unseen=True, max_steps=3)) == 0
+    assert run_train(tiny_flags(sparse, tmp_path / "log", mask_unseen=True, max_steps=3, save_every=3)) == 0
     path = tmp_path / "log" / "ckpt_000003.pt"
     content = newest(tmp_path / "log") | {"token_ids": token_ids}
     torch.save(content, path)

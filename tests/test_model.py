@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import TINY
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import train_gpt2
 from fineweb import UserError
 from train_gpt2 import GPT, GeluLinear, GPTConfig, HeadLoss, linear
 
@@ -35,8 +37,8 @@ def test_gpt2_124m_has_124439808_parameters():
         unpadded = GPT2LMHeadModel(GPT2Config())
     model = GPT(GPTConfig(vocab_size=50257))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808 == unpadded.num_parameters()
-    assert model.num_parameters() == 124_439_808
-    assert GPT(PADDED).num_parameters() == GPT(dataclasses.replace(TINY, vocab_size=50257)).num_parameters()
+    assert GPTConfig().parameters == model.config.parameters == 124_439_808
+    assert TINY.parameters == sum(p.numel() for p in GPT(TINY).parameters())
 
 
 def test_head_and_embedding_are_one_tensor_after_loading_too():
@@ -99,6 +101,43 @@ def test_the_chunked_loss_is_cross_entropy(scale):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(3 * found, (x, weight)), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_a_loss_without_a_gradient_makes_none_and_the_next_one_is_right(first, monkeypatch):
+    model, x = GPT(TINY), tokens(2, 16)
+    expected = F.cross_entropy(model(x).flatten(0, 1), x.flatten())
+    train_gpt2.scratch.cache_clear()
+    with first(), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "addmm_", None)  # with which the head's gradient is made
+        torch.testing.assert_close(model(x, x), expected)
+    model(x, x).backward()
+    found = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(found, model.lm_head.weight.grad)
+
+
+def test_losses_in_several_threads_do_not_meet():
+    model, batches = GPT(PADDED), [tokens(20, 16), tokens(20, 16).flip(0)]
+    with torch.no_grad():
+        expected = [model(x, x.roll(1)).item() for x in batches]
+    assert expected[0] != expected[1]
+
+    def losses(x):
+        with torch.no_grad():
+            return [model(x, x.roll(1)).item() for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found, wanted in zip(pool.map(losses, batches), expected, strict=True):
+            assert found == [wanted] * 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_than_float32_have_a_loss_too(dtype):
+    model, x = GPT(TINY), tokens(2, 16)
+    expected = model(x, x).item()
+    assert model.to(dtype)(x, x).item() == pytest.approx(expected, rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_gelu_made_again_has_the_same_gradients():
