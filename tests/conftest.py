@@ -1,15 +1,19 @@
 """A tiny model, shards to feed it, ways to run the scripts as a user would, and a server that stands for the Hub."""
 
 import json
+import multiprocessing
 import os
 import re
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -75,7 +79,8 @@ def run_train(argv: list) -> int:
 
 def start_script(argv: list, ranks: int = 1, **kwargs) -> subprocess.Popen:
     """A script of the project in a process of its own, under torchrun if there are several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *kwargs.pop("torchrun", [])]
+    torchrun = torchrun if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
     argv = [sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])]
     pipe = subprocess.PIPE
@@ -90,6 +95,95 @@ def run_script(argv: list, ranks: int = 1, timeout: float = 150, **kwargs) -> su
     finally:
         process.kill()
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def be_a_script(module: str, argv: list[str], out: str, err: str, cwd: str | None) -> None:
+    """What a process of start_forked() runs; with 8 GiB of address space, so that what is too much fails at once."""
+    os.chdir(cwd or os.getcwd())
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+    torch.set_num_threads(1)
+    sys.exit(fineweb.exit_status(partial(sys.modules[module].main, argv), f"{module}.py"))
+
+
+@cache
+def forkserver():
+    """Makes processes that start at once, as they are forked from one that has imported all."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ["train_gpt2", "hellaswag", "matplotlib.backends.backend_agg", "transformers", "pyarrow.parquet"]
+    context.set_forkserver_preload([*modules, "huggingface_hub", "tqdm", "conftest"])
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # not every Python hands on where it imports from
+    ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+    return context
+
+
+def start_forked(argv: list, out: Path, err: Path, cwd: str | None = None) -> multiprocessing.Process:
+    """A script in a process of its own, of a forkserver()."""
+    arguments = (str(argv[0]).removesuffix(".py"), [str(a) for a in argv[1:]], str(out), str(err), cwd)
+    process = forkserver().Process(target=be_a_script, args=arguments)
+    process.start()
+    return process
+
+
+def run_forked(argv: list, folder: Path, timeout: float = 120, cwd: str | None = None) -> subprocess.CompletedProcess:
+    """start_forked() to its end; a run that takes longer than `timeout` seconds fails the test."""
+    out, err = folder / "stdout", folder / "stderr"
+    process = start_forked(argv, out, err, cwd)
+    process.join(timeout)
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    assert not alive, f"still running after {timeout} s: {argv}"
+    texts = (path.read_text(errors="replace") for path in (out, err))
+    return subprocess.CompletedProcess(argv, process.exitcode, *texts)
+
+
+def be_a_child(function, arguments: tuple, err: str) -> None:
+    """What a process of in_a_child() runs."""
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def in_a_child(function, *arguments, timeout: float) -> None:
+    """Call a function of a test module in a process of its own, which must neither fail nor take too long."""
+    with tempfile.NamedTemporaryFile() as err:
+        process = forkserver().Process(target=be_a_child, args=(function, arguments, err.name))
+        process.start()
+        process.join(timeout)
+        alive = process.is_alive()
+        process.kill()
+        process.join()
+        said = err.read().decode(errors="replace")
+    assert not alive, f"still running after {timeout} s: {said}"
+    assert process.exitcode == 0, f"status {process.exitcode}: {said}"
+
+
+def assert_one_line(result: subprocess.CompletedProcess) -> None:
+    """A run ended in success, or in one line on stderr, and the status that goes with it; news aside, and warnings."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    ends = [line for line in lines if re.match(r"(train_gpt2|fineweb|hellaswag)\.py: .{10,}", line)]
+    assert "Traceback" not in result.stderr, (result.args, result.stderr)
+    assert result.returncode in (0, 1, 2), (result.args, result.returncode, result.stderr)
+    if result.returncode:
+        assert len(ends) == 1, (result.args, result.stderr)
+        assert ends == lines[-1:], (result.args, result.stderr)
+        assert len(lines) == 1 or not ends[0].startswith("train_gpt2"), (result.args, result.stderr)
+
+
+def wait_for(condition, process, timeout: float = 120) -> None:
+    """Until condition() holds; fails if the process ends before that, or it takes longer."""
+    end = time.monotonic() + timeout
+    while not condition():
+        ended = process.exitcode if isinstance(process, multiprocessing.process.BaseProcess) else process.poll()
+        assert ended is None, "the process ended too early"
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.001)
 
 
 def small_files(size: int):
