@@ -14,6 +14,7 @@ Shapes in comments: B batch, T time (positions), C channels (n_embd), H heads, D
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -1290,6 +1291,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
         if world.is_main and (due(step, config.eval_every, config) or due(step, config.hellaswag_every, config)):
             try:
                 draw_curves(log.path, out_dir / "curves.png")
+                gc.collect()  # a figure is made of cycles, megabytes that would pile up
             except Exception as error:  # a picture is no reason to end a run of days
                 fineweb.warn(f"cannot draw {out_dir / 'curves.png'}: {one_line(error)}")
         if world.is_main and step and due(step, config.sample_every, config) and not requests:
