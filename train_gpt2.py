@@ -770,14 +770,13 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         raise UserError(f"torchrun's restarts don't work: {mend}; the same command goes on from the newest checkpoint")
     dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
-        try:
-            yield world
-        except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|[Cc]onnection", str(error)):
-                raise
-            mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
-            raise UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})") from None
+        yield world
     except BaseException as error:
+        lost = isinstance(error, RuntimeError) and re.search("gloo|NCCL|[Cc]onnection|Dist", f"{type(error)} {error}")
+        if lost:
+            mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
+            error = UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})")
+
         # The others may sit in a collective that this rank will never join, and NCCL's shutdown would wait for them
         # for ever: end anyway, and torchrun ends the rest.
         def give_up(error: BaseException = error) -> None:
@@ -790,6 +789,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         timer = threading.Timer(20, give_up)
         timer.daemon = True
         timer.start()
+        if lost:
+            raise error from None
         raise
     finally:
         dist.destroy_process_group()
@@ -1025,9 +1026,11 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     A run that starts at some step takes the place of what was logged beyond it.
     """
     events: dict[str, dict[int, dict]] = {}
+    # Each key once in memory, not once a line.
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: {sys.intern(key): value for key, value in pairs})
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = decoder.decode(line)
             event, step = str(entry["event"]), int(entry["step"])
         except fineweb.DAMAGE:
             continue
@@ -1237,6 +1240,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
     if config.demo and world.is_main:
         fineweb.write_demo(Path(config.data_dir))
     world.sum(0)  # the others wait for the first rank's files
+    fineweb.check_folder(Path(config.data_dir))
     model, optimizer, start = start_or_resume(gpt_config, config, world)
     if world.sum(start)[0] != start * world.size:
         raise UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
@@ -1251,7 +1255,6 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
     out_dir = Path(config.out_dir)
     if start:
         check_same_data(out_dir / "log.jsonl", data, config)
-    fineweb.check_folder(Path(config.data_dir))
     log = Log(out_dir / "log.jsonl", world)
     if world.is_main:
         for left_over in (*out_dir.glob("ckpt_*.pt.tmp"), out_dir / "curves.png.tmp"):  # by a run that was killed
