@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ import train_gpt2
 from train_gpt2 import GPTConfig, World
 
 ROOT = Path(__file__).resolve().parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in what they run in the background
 torch.set_num_threads(1)  # as in the processes below, so that sums add up in the same order
 TINY = GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=16)
 CPU = World(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
