@@ -99,6 +99,15 @@ def test_fifty_runs_killed_at_any_instant_end_as_one_that_was_not(shards, tmp_pa
     assert left_over >= 1
 
 
+def test_what_a_killed_run_left_is_cleared_and_nothing_else(shards, tmp_path):
+    left_over, others = ("ckpt_000099.pt.tmp", "curves.png.tmp"), ("notes.tmp", "other.pt")
+    (tmp_path / "log").mkdir()
+    for name in (*left_over, *others):
+        (tmp_path / "log" / name).touch()
+    assert run_train(tiny_flags(shards, tmp_path / "log", eval_every=0)) == 0
+    assert {*others} == {path.name for path in (tmp_path / "log").iterdir()} & {*left_over, *others}
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job_within_a_minute_and_the_same_command_goes_on(shards, tmp_path, rank):
     flags = tiny_flags(shards, tmp_path / "log", **STEPS | {"max_steps": 400, "save_every": 20, "eval_every": 0})
@@ -267,7 +276,7 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_all_and_the_last_checkpoint
     assert all(w.isfinite().all() for w in newest(tmp_path / "log")["model"].values())
 
 
-def test_a_step_waits_for_the_device_once_whatever_the_number_of_micro_batches(shards):
+def test_a_step_waits_for_the_device_once_whatever_the_number_of_micro_batches(shards, monkeypatch):
     class Waits(TorchDispatchMode):
         count = 0
 
@@ -275,14 +284,19 @@ def test_a_step_waits_for_the_device_once_whatever_the_number_of_micro_batches(s
             self.count += function is torch.ops.aten._local_scalar_dense.default
             return function(*args, **kwargs or {})
 
+    real = torch.Tensor.tolist
+    lists = []  # of which the mode hears nothing
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor) or real(tensor))
     data, counts = Sequences(shards, "train", TINY), []
     for micro_batch in (8, 1):
         model, config = GPT(TINY), TrainConfig(batch_tokens=128, micro_batch=micro_batch)
         optimizer = make_optimizer(model, config)
+        batches = step_batches(1, data, config, 0, 1)
+        lists.clear()
         with Waits() as waits:
-            train_step(model, optimizer, step_batches(1, data, config, 0, 1), 1, config, CPU)
-        counts.append(waits.count)
-    assert counts == [0, 0]  # the one that there is, tolist(), isn't counted
+            train_step(model, optimizer, batches, 1, config, CPU)
+        counts.append(waits.count + len(lists))
+    assert counts == [1, 1]
 
 
 # ---------------------------------------------------------------- disks
@@ -384,6 +398,7 @@ def test_a_damaged_checkpoint_never_costs_a_good_one(shards, tmp_path, capsys):
 def replace_shard(path: Path) -> None:
     other = path.with_name("other")
     other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(0, path.stat().st_mtime_ns))
     other.replace(path)
 
 
