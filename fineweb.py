@@ -109,7 +109,8 @@ def exit_status(main: Callable[[], None], program: str) -> int:
         message, status = "interrupted", 130
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         program += f" [rank {os.environ['RANK']}]"
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
     return status
 
 
@@ -148,7 +149,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # not through a link that somebody has put there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -351,6 +353,8 @@ def open_shard(path: Path) -> np.ndarray:
     Raises UserError if the file is anything else, or cut short.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
@@ -699,6 +703,8 @@ def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Pat
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
+    if downloads.is_symlink():
+        raise UserError(f"{downloads} is a link, which may lead anywhere: remove it")
     disable_progress_bars()
     warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error soon enough
     for path in [*downloads.rglob("*.incomplete"), *(downloads / name for name in done)]:  # a killed run left them

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -468,9 +470,11 @@ class GPT(nn.Module):
                     raise ValueError(f"its {key} is {found!r}, GPT-2 has {wanted!r}")
             vocab_size = GPTConfig().vocab_size if c.vocab_size == N_VOCAB else c.vocab_size
             shape = GPTConfig(c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd)
-            theirs, info = GPT2LMHeadModel.from_pretrained(
-                name_or_dir, config=c, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
+            if getattr(c, "quantization_config", None) is not None:
+                raise ValueError("it is quantized")
+            # What the file says of attention could be the name of a kernel to download.
+            settings = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": "eager"}
+            theirs, info = GPT2LMHeadModel.from_pretrained(name_or_dir, config=c, output_loading_info=True, **settings)
             if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
                 raise ValueError(f"it lacks {lacking[0]}, as GPT-2 has it")
             unseen = {*(theirs.generation_config.suppress_tokens or ())}
@@ -800,18 +804,30 @@ def join_world(config: TrainConfig) -> Iterator[World]:
 def stop_requests(requests: list[float]) -> Iterator[None]:
     """Put the time of a first SIGTERM or SIGINT into a list, to be looked at; let the next one end the process at once.
 
-    What comes within a second is the same request, passed on by torchrun or Slurm as well.
+    What comes within a second is the same request, passed on by torchrun or Slurm as well. A thread listens too, as
+    Python would call no handler while a collective waits for a rank that hangs.
     """
+    ear, mouth = socket.socketpair()
+    mouth.setblocking(False)
 
-    def handle(number: int, frame) -> None:
+    def handle(number: int, frame=None) -> None:
         if requests and time.monotonic() - requests[0] > 1:
             os._exit(128 + number)
         requests.append(time.monotonic())
 
+    def listen() -> None:
+        while heard := ear.recv(1):
+            if heard[0] in before:
+                handle(heard[0])
+
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.set_wakeup_fd(mouth.fileno())
+    threading.Thread(target=listen, daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(-1)
+        mouth.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -904,6 +920,8 @@ def find_checkpoints(out_dir: str) -> list[Path]:
 def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> Path:
     """Write ckpt_STEP.pt, whole or not at all, then drop those before it but one and --keep_every's; gives its path."""
     path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
+    if not all(w.isfinite().all() for w in model.state_dict().values()):
+        raise UserError(f"step {step}: the weights are not finite, so they are not saved: take a lower --max_lr")
     with whole_file(path) as file:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         state |= {"GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}
@@ -930,6 +948,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch.load alone raises a dozen kinds
         # torch's own words for a file that holds code are an advice to run it.
         why = "no checkpoint, or one that holds code" if isinstance(error, UnpicklingError) else one_line(error)
@@ -939,12 +959,18 @@ def reading(path: Path) -> Iterator[None]:
 def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint, and the whole of it, on the CPU; no code in the file is run."""
     with reading(path):
+        if part := zipfile.ZipFile(path).testzip():
+            raise ValueError(f"{part} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
         model.load_state_dict(checkpoint["model"])
         if checkpoint["TrainConfig"].get("mask_unseen"):
             model.allow(checkpoint["token_ids"])
-        dict(checkpoint["TrainConfig"]), dict(checkpoint["optimizer"])
+        saved = checkpoint["TrainConfig"]
+        for f in dataclasses.fields(TrainConfig):
+            if type(saved.get(f.name, f.default)) not in ((int, float) if f.type is float else (f.type,)):
+                raise ValueError(f"its {f.name} is no {f.type.__name__}")
+        dict(checkpoint["optimizer"]["state"])
         step, named = checkpoint["step"], re.fullmatch(r"ckpt_(\d+)", path.stem)
         if type(step) is not int or (named and step_of(path) != step):
             raise ValueError(f"it says that it is of step {step}")
@@ -1186,10 +1212,19 @@ def start_or_resume(
         )
         optimizer = make_optimizer(model.to(world.device), config)
         with reading(path):
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for p in model.parameters():  # the fused kernel trusts these shapes
-                if any(optimizer.state[p][key].shape != p.shape for key in ("exp_avg", "exp_avg_sq")):
-                    raise ValueError("the optimizer's state is of another shape than the model")
+            # Of the file only what has been learned: its settings could be any.
+            own = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": own})
+            for p in model.parameters():  # the fused kernel trusts what it is given
+                state = optimizer.state[p]
+                for key, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
+                    if state[key].shape != shape or state[key].layout != torch.strided:
+                        raise ValueError("the optimizer's state is of another shape than the model")
+                    state[key] = state[key].contiguous()
+                if not (p.isfinite().all() and state["exp_avg"].isfinite().all() and 0 <= state["step"] < math.inf):
+                    raise ValueError("it holds numbers that are not finite")
+                if not 0 <= state["exp_avg_sq"].min() <= state["exp_avg_sq"].max() < math.inf:
+                    raise ValueError("it holds squares that are none")
         return model, optimizer, checkpoint["step"]
 
     found = find_checkpoints(config.out_dir)
@@ -1241,9 +1276,14 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
         fineweb.write_demo(Path(config.data_dir))
     world.sum(0)  # the others wait for the first rank's files
     fineweb.check_folder(Path(config.data_dir))
+    differ = UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
+    found = find_checkpoints(config.out_dir)
+    newest = step_of(found[-1]) if found else -1
+    if world.sum(newest)[0] != newest * world.size:
+        raise differ
     model, optimizer, start = start_or_resume(gpt_config, config, world)
-    if world.sum(start)[0] != start * world.size:
-        raise UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
+    if world.sum(start)[0] != start * world.size:  # what one could read, another could not
+        raise differ
     if config.max_steps:
         check_batch(config, model.config.block_size, world.size)
     if config.sample_every:
@@ -1283,7 +1323,14 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
 
     def look(step: int) -> bool:
         """Whatever is due after a step, while the training clock stands still; returns whether to stop here."""
-        if val_data and due(step, config.eval_every, config) and not stopping():
+        stop = stopping()
+        to_keep = config.keep_every and step % config.keep_every == 0
+        to_save = due(step, config.save_every, config) or to_keep or (stop and (config.save_every or config.keep_every))
+        if world.is_main and step > start and to_save:  # first of all, as what comes next takes time
+            save_checkpoint(model, optimizer, step, config)
+        if stop:
+            return True
+        if val_data and due(step, config.eval_every, config):
             loss, tokens = evaluate(model, val_data, config, world)
             world.say(f"step {step:5d} | validation loss {loss:.4f} over {tokens:,} tokens")
             log.write("val", step, loss=loss, tokens=tokens)
@@ -1300,14 +1347,9 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
         if world.is_main and step and due(step, config.sample_every, config) and not requests:
             for text in sample_texts(model, sample_config, config.seed, world):
                 world.say(f"step {step:5d} | sample: {text}")
-        stop = stopping()
-        to_keep = config.keep_every and step % config.keep_every == 0
-        to_save = due(step, config.save_every, config) or to_keep or (stop and config.save_every)
-        if world.is_main and step > start and to_save:
-            save_checkpoint(model, optimizer, step, config)
-        return stop
+        return False
 
-    # A run that was asked to stop may have left out the evaluations of its last step.
+    # A run that was stopped or killed may have left out the evaluations of its last step.
     kinds = {"val": config.eval_every if val_data else 0, "hellaswag": config.hellaswag_every if examples else 0}
     logged = read_log(log.path) if world.is_main else {}
     lacking = any(due(start, every, config) and start not in logged.get(kind, ()) for kind, every in kinds.items())
@@ -1338,7 +1380,8 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
                 f"{f'MFU {mfu:.1%} | ' if mfu else ''}{left} left"
             )
             if look(step):
-                world.say(f"stopped after step {step}, as asked: the same command goes on from the newest checkpoint")
+                saved = "saved" if config.save_every or config.keep_every else "not saved, as --save_every is 0"
+                world.say(f"stopped after step {step}, as asked; {saved}: the same command goes on")
                 break
     files = [log.path, out_dir / "curves.png", *find_checkpoints(config.out_dir)[-1:]]
     world.say(f"written: {', '.join(str(path) for path in files if path.exists())}")

@@ -234,6 +234,22 @@ def test_a_second_signal_ends_at_once_and_one_passed_on_twice_does_not(shards, t
     assert process.returncode == 128 + signal.SIGINT
 
 
+def test_a_second_signal_ends_a_rank_that_waits_for_one_that_hangs(shards, tmp_path):
+    process = start_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "log", **LONG)], ranks=2)
+    wait_for(lambda: (tmp_path / "log" / "log.jsonl").exists() and losses_of(tmp_path / "log"), process)
+    waiting, hung = workers_of(process)
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        time.sleep(0.5)
+        os.kill(waiting, signal.SIGTERM)
+        time.sleep(1.5)
+        os.kill(waiting, signal.SIGTERM)
+        wait_for(lambda: waiting not in workers_of(process), process, timeout=20)
+    finally:
+        os.kill(hung, signal.SIGKILL)
+        process.communicate(timeout=60)
+
+
 # ---------------------------------------------------------------- a bad step
 
 

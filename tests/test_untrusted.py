@@ -301,9 +301,70 @@ def test_a_run_resumes_beside_a_mutated_log(shards, tmp_path):
     out = tmp_path / "log"
     flags = ["train_gpt2", *tiny_flags(shards, out, save_every=2)]
     assert run_forked(flags, tmp_path).returncode == 0
-    content, rng = (out / "log.jsonl").read_bytes(), random.Random()
+    content, rng = (out / "log.jsonl").read_bytes(), random.Random(0)
     for _ in range(20):
         (out / "log.jsonl").write_bytes(mutate(content, rng))
         result = run_forked(flags, tmp_path)
         assert_one_line(result)
         assert result.returncode == 0 or "train tokens, but had" in result.stderr
+
+
+STATES = {
+    "stride 0": lambda state: state.update(exp_avg=torch.zeros(1).expand(state["exp_avg"].shape)),
+    "sparse": lambda state: state.update(exp_avg=state["exp_avg"].to_sparse()),
+    "no number": lambda state: state["exp_avg"].fill_(torch.nan),
+    "negative squares": lambda state: state["exp_avg_sq"].fill_(-1),
+    "step without a value": lambda state: state.update(step=torch.empty(0)),
+    "step is nan": lambda state: state.update(step=torch.tensor(torch.nan)),
+}
+
+
+@pytest.mark.parametrize("kind", [*STATES, "groups", "settings", "weights", "bit rot"])
+def test_a_hostile_checkpoint_that_loads_is_refused_or_does_no_harm(shards, tmp_path, kind):
+    out, expected = tmp_path / "log", tmp_path / "expected"
+    flags = {"max_steps": 4, "save_every": 2, "eval_every": 0}
+    for folder in (out, expected):
+        assert run_train(tiny_flags(shards, folder, **flags)) == 0
+    train_gpt2.find_checkpoints(out)[-1].unlink()
+    path, checkpoint = train_gpt2.find_checkpoints(out)[-1], newest(out)
+    if kind in STATES:
+        for state in checkpoint["optimizer"]["state"].values():
+            STATES[kind](state)
+    elif kind == "groups":
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group.update(maximize=True, amsgrad=True, betas=(2.0, "x"), eps=None)
+    elif kind == "settings":
+        checkpoint["TrainConfig"]["max_steps"] = "\x1b[31mx"
+    elif kind == "weights":
+        checkpoint["model"]["lm_head.weight"][3] = torch.inf
+    torch.save(checkpoint, path)
+    if kind == "bit rot":
+        content = bytearray(path.read_bytes())
+        weight = checkpoint["model"]["transformer.wte.weight"].numpy().tobytes()
+        content[content.index(weight) + 100] ^= 1
+        path.write_bytes(content)
+    result = run_forked(["train_gpt2", *tiny_flags(shards, out, **flags)], tmp_path)
+    assert_one_line(result)
+    if kind in ("groups", "stride 0") and result.returncode == 0:
+        if kind == "groups":
+            assert torch.equal(newest(out)["model"]["lm_head.weight"], newest(expected)["model"]["lm_head.weight"])
+    else:
+        assert result.returncode == 1
+        assert f"cannot read checkpoint {path}" in result.stderr
+        assert "\x1b" not in result.stderr
+
+
+def test_nothing_is_written_or_deleted_through_a_link(shards, tmp_path):
+    victim, home = tmp_path / "victim", tmp_path / "home"
+    home.mkdir()
+    for path in (victim, home / "a.txt", home / "b.incomplete"):
+        path.write_text("keep me")
+    (shards / "token_ids.json.tmp").symlink_to(victim)
+    assert run_train(tiny_flags(shards, tmp_path / "log", mask_unseen=True)) == 0
+    (tmp_path / "data" / ".fineweb_downloads").symlink_to(home)
+    manifest = fineweb.Manifest("a/b", "", "main", 100, None, commit="0" * 40, files={"a.txt": 1, "c.txt": 1})
+    manifest.resume_at = [1, 0, 0]
+    with pytest.raises(UserError, match=r"\.fineweb_downloads is a link"):
+        next(fineweb.fetch_files(manifest, shards / ".fineweb_downloads", False))
+    assert {path.read_text() for path in (victim, *home.iterdir())} == {"keep me"}
+    assert len([*home.iterdir()]) == 2
