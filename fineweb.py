@@ -149,8 +149,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # not through a link that somebody has put there
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -535,6 +534,8 @@ def find_token_ids(paths: list[Path]) -> list[int]:
                 seen[piece] = True
                 bar.update(len(piece))
     token_ids = np.flatnonzero(seen).tolist()
+    with suppress(OSError):
+        cache.with_name(f"{cache.name}.tmp").unlink()  # which could be a link that somebody has put there
     with suppress(OSError), whole_file(cache) as file:  # it is no harm if the folder can't be written
         file.write(json.dumps({"shards": known, "token_ids": token_ids}).encode())
     return token_ids

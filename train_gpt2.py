@@ -952,7 +952,11 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # torch.load alone raises a dozen kinds
         # torch's own words for a file that holds code are an advice to run it.
-        why = "no checkpoint, or one that holds code" if isinstance(error, UnpicklingError) else one_line(error)
+        why = (
+            "no checkpoint, or one that holds code"
+            if isinstance(error, UnpicklingError | zipfile.BadZipFile)
+            else one_line(error)
+        )
         raise DamagedError(f"cannot read checkpoint {path} ({why}): restore it or move it away") from None
 
 
