@@ -78,8 +78,8 @@ WAYS = {
     "128 rows, 50,304 apart, exp2": {"rows": 128, "width": 50304},
     "256 rows, 50,304 apart, exp2": {"rows": 256, "width": 50304},
     "the same, in a buffer that is kept: HeadLoss": {"rows": 256, "width": 50304, "kept": True},
-    "the same, the largest logit not taken off": {"rows": 256, "width": 50304, "kept": True, "maximum": False},
-    "the same, exp": {"rows": 256, "width": 50304, "kept": True, "exp2": False},
+    "HeadLoss, the largest logit not taken off": {"rows": 256, "width": 50304, "kept": True, "maximum": False},
+    "HeadLoss, exp": {"rows": 256, "width": 50304, "kept": True, "exp2": False},
     "512 rows, 50,304 apart, exp2": {"rows": 512, "width": 50304},
     "1,024 rows, 50,304 apart, exp2": {"rows": 1024, "width": 50304},
 }

@@ -99,13 +99,19 @@ def run_script(argv: list, ranks: int = 1, timeout: float = 150, **kwargs) -> su
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-def be_a_script(module: str, argv: list[str], out: str, err: str, cwd: str | None) -> None:
-    """What a process of start_forked() runs; with 8 GiB of address space, so that what is too much fails at once."""
-    os.chdir(cwd or os.getcwd())
+def be_a_child(function, arguments: tuple, out: str | None, err: str) -> None:
+    """What a forked process runs; with 8 GiB of address space, so that what is too much fails at once."""
     for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if path:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
     torch.set_num_threads(1)
+    function(*arguments)
+
+
+def be_a_script(module: str, argv: list[str], cwd: str | None) -> None:
+    """Run a script's main() to the end of the process."""
+    os.chdir(cwd or os.getcwd())
     sys.exit(fineweb.exit_status(partial(sys.modules[module].main, argv), f"{module}.py"))
 
 
@@ -125,45 +131,37 @@ def forkserver():
 
 def start_forked(argv: list, out: Path, err: Path, cwd: str | None = None) -> multiprocessing.Process:
     """A script in a process of its own, of a forkserver()."""
-    arguments = (str(argv[0]).removesuffix(".py"), [str(a) for a in argv[1:]], str(out), str(err), cwd)
-    process = forkserver().Process(target=be_a_script, args=arguments)
+    arguments = (str(argv[0]).removesuffix(".py"), [str(a) for a in argv[1:]], cwd)
+    process = forkserver().Process(target=be_a_child, args=(be_a_script, arguments, str(out), str(err)))
     process.start()
     return process
 
 
-def run_forked(argv: list, folder: Path, timeout: float = 120, cwd: str | None = None) -> subprocess.CompletedProcess:
-    """start_forked() to its end; a run that takes longer than `timeout` seconds fails the test."""
-    out, err = folder / "stdout", folder / "stderr"
-    process = start_forked(argv, out, err, cwd)
+def end(process: multiprocessing.Process, timeout: float) -> None:
+    """Wait for a process; one that takes longer than `timeout` seconds is killed, and fails the test."""
     process.join(timeout)
     alive = process.is_alive()
     process.kill()
     process.join()
-    assert not alive, f"still running after {timeout} s: {argv}"
+    assert not alive, f"still running after {timeout} s"
+
+
+def run_forked(argv: list, folder: Path, timeout: float = 120, cwd: str | None = None) -> subprocess.CompletedProcess:
+    """start_forked() to its end."""
+    out, err = folder / "stdout", folder / "stderr"
+    process = start_forked(argv, out, err, cwd)
+    end(process, timeout)
     texts = (path.read_text(errors="replace") for path in (out, err))
     return subprocess.CompletedProcess(argv, process.exitcode, *texts)
-
-
-def be_a_child(function, arguments: tuple, err: str) -> None:
-    """What a process of in_a_child() runs."""
-    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
-    torch.set_num_threads(1)
-    function(*arguments)
 
 
 def in_a_child(function, *arguments, timeout: float) -> None:
     """Call a function of a test module in a process of its own, which must neither fail nor take too long."""
     with tempfile.NamedTemporaryFile() as err:
-        process = forkserver().Process(target=be_a_child, args=(function, arguments, err.name))
+        process = forkserver().Process(target=be_a_child, args=(function, arguments, None, err.name))
         process.start()
-        process.join(timeout)
-        alive = process.is_alive()
-        process.kill()
-        process.join()
-        said = err.read().decode(errors="replace")
-    assert not alive, f"still running after {timeout} s: {said}"
-    assert process.exitcode == 0, f"status {process.exitcode}: {said}"
+        end(process, timeout)
+        assert process.exitcode == 0, f"status {process.exitcode}: {err.read().decode(errors='replace')}"
 
 
 def assert_one_line(result: subprocess.CompletedProcess) -> None:

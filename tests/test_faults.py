@@ -27,6 +27,7 @@ from conftest import (
     run_train,
     start_forked,
     start_script,
+    stop_after,
     tiny_flags,
     wait_for,
 )
@@ -386,23 +387,7 @@ def test_a_damaged_checkpoint_never_costs_a_good_one(shards, tmp_path, capsys):
     (tmp_path / "log" / "ckpt_000008.pt").write_bytes(b"cut short")
     assert run_train([*flags, "--save_every", "1", "--max_steps", "7", "--extend"]) == 2  # a shorter run is another
     stopped = tiny_flags(shards, tmp_path / "log", max_steps=8, save_every=1, eval_every=0)
-
-    class Stop(Exception):
-        pass
-
-    real = train_gpt2.save_checkpoint
-
-    def save(model, optimizer, step, config):
-        real(model, optimizer, step, config)
-        if step == 6:
-            raise Stop
-
-    train_gpt2.save_checkpoint = save
-    try:
-        with pytest.raises(Stop):
-            run_train(stopped)
-    finally:
-        train_gpt2.save_checkpoint = real
+    stop_after(6, stopped)
     assert [train_gpt2.step_of(path) for path in find_checkpoints(tmp_path / "log")] == [5, 6, 8]
     assert run_train(flags) == 0
     assert newest(tmp_path / "log")["step"] == 8
