@@ -149,7 +149,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # a killed run's, or a link to anywhere
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -372,13 +373,15 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class Shard:
-    """A shard to read from for days. Unlike a memory map's, its reader outlives a file that is cut short meanwhile."""
+    """A shard to read from for days, one of any number: it is open only while it is read.
+
+    Unlike a memory map's, its reader outlives a file that is cut short meanwhile.
+    """
 
     def __init__(self, path: Path):
+        self.path, self.state = path, self.identity(path)
         tokens = open_shard(path)
-        self.path, self.length, self.offset = path, len(tokens), tokens.offset
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self.state = self.identity(self.file.fileno())
+        self.length, self.offset = len(tokens), tokens.offset
 
     def __len__(self) -> int:
         return self.length
@@ -391,9 +394,9 @@ class Shard:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens from `start` on, (count,) uint16; UserError if the file at the path is not what it was at first."""
-        content = os.pread(self.file.fileno(), 2 * count, self.offset + 2 * start)
-        with suppress(FileNotFoundError):
-            if self.identity(self.path) == self.state:
+        with suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
+            content = os.pread(file.fileno(), 2 * count, self.offset + 2 * start)
+            if self.identity(file.fileno()) == self.state:
                 return np.frombuffer(content, dtype="<u2")
         mend = "put it back as it was, and the same command goes on from the newest checkpoint"
         raise UserError(f"{self.path} was removed, replaced or changed during training: {mend}")
@@ -534,8 +537,6 @@ def find_token_ids(paths: list[Path]) -> list[int]:
                 seen[piece] = True
                 bar.update(len(piece))
     token_ids = np.flatnonzero(seen).tolist()
-    with suppress(OSError):
-        cache.with_name(f"{cache.name}.tmp").unlink()  # which could be a link that somebody has put there
     with suppress(OSError), whole_file(cache) as file:  # it is no harm if the folder can't be written
         file.write(json.dumps({"shards": known, "token_ids": token_ids}).encode())
     return token_ids

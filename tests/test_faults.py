@@ -421,6 +421,13 @@ def test_a_shard_that_changes_while_training_ends_it_with_a_line(shards, change)
         data.read([first])
 
 
+def test_any_number_of_shards_takes_no_more_open_files(shards):
+    before = len(os.listdir("/proc/self/fd"))
+    data = Sequences(shards, "train", TINY)
+    data.read(range(len(data)))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_run_whose_shard_is_cut_short_in_place_ends_with_one_line(shards, tmp_path):
     out, err = tmp_path / "stdout", tmp_path / "stderr"
     process = start_forked(["train_gpt2", *tiny_flags(shards, tmp_path / "log", **LONG)], out, err)

@@ -359,11 +359,15 @@ def test_nothing_is_written_or_deleted_through_a_link(shards, tmp_path):
     home.mkdir()
     for path in (victim, home / "a.txt", home / "b.incomplete"):
         path.write_text("keep me")
-    (shards / "token_ids.json.tmp").symlink_to(victim)
+    (tmp_path / "log").mkdir()
+    for name in ("data/token_ids.json", "log/ckpt_000002.pt", "log/curves.png"):
+        (tmp_path / f"{name}.tmp").symlink_to(victim)
     assert run_train(tiny_flags(shards, tmp_path / "log", mask_unseen=True)) == 0
+    os.link(victim, shards / "manifest.json.tmp")
     (tmp_path / "data" / ".fineweb_downloads").symlink_to(home)
     manifest = fineweb.Manifest("a/b", "", "main", 100, None, commit="0" * 40, files={"a.txt": 1, "c.txt": 1})
     manifest.resume_at = [1, 0, 0]
+    manifest.save(shards)
     with pytest.raises(UserError, match=r"\.fineweb_downloads is a link"):
         next(fineweb.fetch_files(manifest, shards / ".fineweb_downloads", False))
     assert {path.read_text() for path in (victim, *home.iterdir())} == {"keep me"}
