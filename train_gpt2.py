@@ -768,11 +768,16 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     if size == 1:
         yield world
         return
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    store, restart = None, os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         # github.com/pytorch/pytorch/issues/135712: ranks would look for each other where the ones before them were.
-        mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
-        raise UserError(f"torchrun's restarts don't work: {mend}; the same command goes on from the newest checkpoint")
-    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+        if local_size < size:
+            mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {mend}")
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart {restart}", store)
+    backend = "nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
     try:
         yield world
     except BaseException as error:
