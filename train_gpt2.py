@@ -14,6 +14,7 @@ Shapes in comments: B batch, T time (positions), C channels (n_embd), H heads, D
 
 import argparse
 import dataclasses
+import fcntl
 import gc
 import json
 import math
@@ -953,7 +954,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, PermissionError):
         raise
     except Exception as error:  # torch.load alone raises a dozen kinds
         # torch's own words for a file that holds code are an advice to run it.
@@ -1032,17 +1033,27 @@ def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: Tr
 
 
 class Log:
-    """log.jsonl: one JSON object a line, appended by the first rank as things happen."""
+    """log.jsonl: one JSON object a line, appended by the first rank as things happen.
+
+    It is locked for as long as this object lives; UserError if another process has locked it.
+    """
 
     def __init__(self, path: Path, world: World):
         self.path, self.enabled = path, world.is_main
         if not self.enabled:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+") as file:
-            # A run that was killed may have left half a line.
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")
+        self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # not every file system has locks
+            # torchrun has ended what it restarts; the lock of a lost machine may outlive it.
+            if isinstance(error, BlockingIOError) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                mend = "wait for its end, or give another --out_dir"
+                raise UserError(f"another run is at work in {path.parent}: {mend}") from None
+        # A run that was killed may have left half a line.
+        if self.file.tell() and (self.file.seek(-1, os.SEEK_END), self.file.read(1))[1] != b"\n":
+            self.file.write(b"\n")
 
     def write(self, event: str, step: int, **values) -> None:
         if self.enabled:

@@ -369,6 +369,22 @@ def test_an_out_dir_that_is_lost_while_training_is_one_line(shards, tmp_path):
     assert find_checkpoints(tmp_path / "moved")
 
 
+def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(shards, tmp_path):
+    flags = ["train_gpt2", *tiny_flags(shards, tmp_path / "log", **LONG)]
+    first = start_forked(flags, tmp_path / "stdout", tmp_path / "stderr")
+    wait_for(lambda: find_checkpoints(tmp_path / "log"), first)
+    second = tmp_path / "second"
+    second.mkdir()
+    result = run_forked(flags, second)
+    assert result.returncode == 1
+    assert_one_line(result)
+    assert f"another run is at work in {tmp_path / 'log'}: wait for its end, or give another --out_dir" in result.stderr
+    first.terminate()
+    first.join(60)
+    assert first.exitcode == 0, (tmp_path / "stderr").read_text()
+    assert [*read_log(tmp_path / "log" / "log.jsonl")["start"]] == [0]
+
+
 def test_the_last_two_checkpoints_are_kept_and_those_of_keep_every(shards, tmp_path):
     for name, changes in (("both", {"save_every": 1}), ("alone", {"save_every": 0})):
         flags = tiny_flags(shards, tmp_path / name, max_steps=8, keep_every=3, eval_every=0, **changes)

@@ -361,6 +361,7 @@ def test_a_log_line_cut_by_a_kill_harms_no_other(tmp_path):
     log = Log(path, CPU)
     log.write("train", 2, loss=1.0)
     log.write("train", 2, loss=0.5)
+    del log  # which has the file locked
     Log(path, CPU)
     assert {step: entry["loss"] for step, entry in read_log(path)["train"].items()} == {1: 2.0, 2: 0.5}
     assert len(path.read_text().splitlines()) == 4
