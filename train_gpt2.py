@@ -782,6 +782,7 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than the line that says why
         lost = isinstance(error, RuntimeError) and re.search("gloo|NCCL|[Cc]onnection|Dist", f"{type(error)} {error}")
         if lost:
             mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
