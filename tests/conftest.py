@@ -1,5 +1,6 @@
 """A tiny model, shards to feed it, ways to run the scripts as a user would, and a server that stands for the Hub."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ def run_script(argv: list, ranks: int = 1, timeout: float = 150, **kwargs) -> su
 
 def be_a_child(function, arguments: tuple, out: str | None, err: str) -> None:
     """What a forked process runs; with 8 GiB of address space, so that what is too much fails at once."""
+    gc.freeze()  # what it shares with its parent would be copied, page by page, when it is looked through for garbage
     for path, number in ((out, 1), (err, 2)):
         if path:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -119,7 +121,14 @@ def be_a_script(module: str, argv: list[str], cwd: str | None) -> None:
 def forkserver():
     """Makes processes that start at once, as they are forked from one that has imported all."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["train_gpt2", "hellaswag", "matplotlib.backends.backend_agg", "transformers", "pyarrow.parquet"]
+    modules = [
+        "train_gpt2",
+        "hellaswag",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "transformers",
+        "pyarrow.parquet",
+    ]
     context.set_forkserver_preload([*modules, "huggingface_hub", "tqdm", "conftest"])
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # not every Python hands on where it imports from
