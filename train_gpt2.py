@@ -1239,7 +1239,7 @@ def start_or_resume(
             for p in model.parameters():  # the fused kernel trusts what it is given
                 state = optimizer.state[p]
                 for key, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
-                    if state[key].shape != shape or state[key].layout != torch.strided:
+                    if state[key].shape != shape:
                         raise ValueError("the optimizer's state is of another shape than the model")
                     state[key] = state[key].contiguous()
                 if not (p.isfinite().all() and state["exp_avg"].isfinite().all() and 0 <= state["step"] < math.inf):

@@ -268,6 +268,14 @@ def test_a_step_that_is_not_finite_changes_no_weight(shards, where):
     assert_same(dict(optimizer.state[model.lm_head.weight]), state)
 
 
+def test_weights_that_an_update_made_infinite_are_not_saved(shards, tmp_path):
+    model, config = GPT(TINY), TrainConfig(out_dir=str(tmp_path))
+    model.transformer.ln_f.weight.data[0] = math.inf
+    with pytest.raises(UserError, match="^step 2: the weights are not finite, so they are not saved"):
+        train_gpt2.save_checkpoint(model, make_optimizer(model, config), 2, config)
+    assert not [*tmp_path.glob("ckpt*")]
+
+
 def test_a_step_that_is_not_finite_on_one_rank_stops_all_and_the_last_checkpoint_stays(shards, tmp_path):
     program = tmp_path / "nan_on_rank_1.py"
     program.write_text(

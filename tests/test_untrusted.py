@@ -311,6 +311,7 @@ def test_a_run_resumes_beside_a_mutated_log(shards, tmp_path):
 
 STATES = {
     "stride 0": lambda state: state.update(exp_avg=torch.zeros(1).expand(state["exp_avg"].shape)),
+    "another shape": lambda state: state.update(exp_avg=state["exp_avg"][:1]),
     "sparse": lambda state: state.update(exp_avg=state["exp_avg"].to_sparse()),
     "no number": lambda state: state["exp_avg"].fill_(torch.nan),
     "negative squares": lambda state: state["exp_avg_sq"].fill_(-1),
