@@ -126,13 +126,16 @@ def test_a_parquet_column_that_names_a_python_type_runs_no_code(tmp_path, marker
     assert_one_line(result)
 
 
-@pytest.mark.parametrize("kind", ["pytorch_model.bin", "code beside the weights"])
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "no safetensors", "code beside the weights"])
 def test_weights_of_transformers_run_no_code(tmp_path, marker, kind):
     folder = tmp_path / "hf"
     GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=96)).save_pretrained(folder)
     if kind == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
         torch.save({"transformer.wte.weight": Evil(marker)}, folder / "pytorch_model.bin")
+    elif kind == "no safetensors":
+        torch.save(GPT2LMHeadModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     else:
         config = json.loads((folder / "config.json").read_text())
         config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
@@ -140,7 +143,15 @@ def test_weights_of_transformers_run_no_code(tmp_path, marker, kind):
         (folder / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nModel = Config = None\n")
     result = run_forked(["train_gpt2", "--sample", "--init_from", folder, "--prompt", "!", "--max_length", 4], tmp_path)
     assert_one_line(result)
-    assert (result.returncode == 0) == (kind != "pytorch_model.bin")
+    assert (result.returncode == 0) == (kind == "code beside the weights")
+
+
+def test_a_line_about_a_file_commands_no_terminal(capsys):
+    def fail():
+        raise UserError("its name is \x1b[31m\x07red\r\nor not\u202e")
+
+    assert fineweb.exit_status(fail, "x.py") == 1
+    assert capsys.readouterr().err == "x.py: its name is ?[31m?red or not?\n"
 
 
 @pytest.mark.parametrize("name", ["../outside_train_000001.npy", "/etc/passwd", "a/b_train_000001.npy", ".."])
