@@ -608,10 +608,8 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
     so who reads what depends on nothing but the arguments.
     """
     S, first = (n // data.config.block_size for n in (batch_tokens(step, config), tokens_before(step, config)))
-    positions = np.arange(first + rank * S // size, first + (rank + 1) * S // size)
-    epochs, offsets = positions // len(data), positions % len(data)
-    orders = ((epoch_order(config.seed, int(e), len(data)), offsets[epochs == e]) for e in np.unique(epochs))
-    x, y = data.read(np.concatenate([order[chosen] for order, chosen in orders]))
+    mine, n = range(first + rank * S // size, first + (rank + 1) * S // size), len(data)
+    x, y = data.read([epoch_order(config.seed, i // n, n)[i % n] for i in mine])
     # On the ramp, what divides all its updates: so there are two shapes in all, which torch.compile has to see.
     unit = config.batch_ramp_from if step <= config.batch_ramp_steps else config.batch_tokens
     micro_batch = math.gcd(config.micro_batch, unit // data.config.block_size // size)
