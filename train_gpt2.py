@@ -1219,7 +1219,7 @@ def start_or_resume(
     """Model, optimiser and step of the newest checkpoint in --out_dir, or of a new run if there is none.
 
     Weights of --init_from have a shape of their own, whose positions alone may be fewer; without a gpt_config, all are
-    kept. Raises UserError if what is there does not fit the flags.
+    kept. A new run's mask is not set yet. Raises UserError if what is there does not fit the flags.
     """
     pretrained = config.init_from != "scratch"
 
@@ -1255,8 +1255,6 @@ def start_or_resume(
         model = load_model(config.init_from, gpt_config and gpt_config.block_size)
     else:
         model = GPT(gpt_config, config.seed)
-    if config.max_steps or config.mask_unseen:  # only to be evaluated, weights keep the mask that they have
-        model.allow(which_tokens(config, model.config, world))
     model.to(world.device)
     return model, make_optimizer(model, config), 0
 
@@ -1295,14 +1293,11 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
         fineweb.write_demo(Path(config.data_dir))
     world.sum(0)  # the others wait for the first rank's files
     fineweb.check_folder(Path(config.data_dir))
-    differ = UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
-    found = find_checkpoints(config.out_dir)
-    newest = step_of(found[-1]) if found else -1
-    if world.sum(newest)[0] != newest * world.size:
-        raise differ
     model, optimizer, start = start_or_resume(gpt_config, config, world)
-    if world.sum(start)[0] != start * world.size:  # what one could read, another could not
-        raise differ
+    if world.sum(start)[0] != start * world.size:
+        raise UserError(f"the ranks see different checkpoints in {config.out_dir}: all machines must share that folder")
+    if not start and (config.max_steps or config.mask_unseen):  # only to be evaluated, weights keep their mask
+        model.allow(which_tokens(config, model.config, world))
     if config.max_steps:
         check_batch(config, model.config.block_size, world.size)
     if config.sample_every:
