@@ -1146,24 +1146,18 @@ def draw_curves(log_path: Path, picture: Path) -> None:
 # ---------------------------------------------------------------- training
 
 
-def can_compile(world: World) -> bool:
-    """Whether torch.compile finds its tools: a C++ compiler for the CPU, Triton for CUDA. Warns if it doesn't."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
-        return True
-    except Exception as error:  # each backend has errors of its own for this
-        fineweb.warn(f"torch.compile does not work here, going on without it ({one_line(error)})")
-        return False
-
-
 def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     """What train_step calls: the model, wrapped for several ranks and compiled, with the same weights."""
     step_model: nn.Module = model
     if world.size > 1:
         device_ids = [world.device] if world.device.type == "cuda" else None
         step_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    if config.compile and can_compile(world):
-        step_model = torch.compile(step_model, dynamic=False)
+    if config.compile:
+        try:  # whether it finds its tools: a C++ compiler for the CPU, Triton for CUDA
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
+            step_model = torch.compile(step_model, dynamic=False)
+        except Exception as error:  # each backend has errors of its own for this
+            fineweb.warn(f"torch.compile does not work here, going on without it ({one_line(error)})")
     return step_model
 
 
