@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         ("data", str, "", "a local .parquet or .jsonl file (default: the validation split from the Hub)"),
         ("style", str, "completion", "completion or harness (default: completion)"),
         ("limit", int, None, "take only the first so many rows"),
-        ("per_example", str, None, "file for one JSON object a line: scores, predictions and label of an example"),
+        ("per_example", Path, None, "file for one JSON object a line: scores, predictions and label of an example"),
         ("device", str, "auto", "cuda, cuda:1, mps or cpu (default: the first there is)"),
         ("dtype", str, "auto", "bfloat16 or float32 (default: bfloat16 on CUDA, else float32)"),
     ]:  # fmt: skip
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--style {args.style} must be completion or harness")
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit} must be at least 1")
-    each = None if args.per_example is None else Path(args.per_example)
+    each = args.per_example
     if each and (not each.parent.is_dir() or each.is_symlink() or (each.exists() and not each.is_file())):
         parser.error(f"--per_example {each}: name a plain file in a folder that is there")
     try:

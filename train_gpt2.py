@@ -192,7 +192,7 @@ def command_line() -> fineweb.Parser:
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
-    modes.add_argument("--export", metavar="DIR", help="write the same model as a new folder for transformers")
+    modes.add_argument("--export", type=Path, metavar="DIR", help="write that model as a new folder for transformers")
     for config in (TrainConfig, GPTConfig, SampleConfig):
         group = parser.add_argument_group(config.__name__)
         for f in dataclasses.fields(config):
@@ -1441,8 +1441,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--{f.name} can't be chosen: --init_from {config.init_from} has its own", status=2)
         if "block_size" not in flags:
             gpt_config = None
-    folder = None if flags["export"] is None else Path(flags["export"])
-    if folder and os.path.lexists(folder):
+    if (folder := flags["export"]) and os.path.lexists(folder):
         raise UserError(f"--export {folder}: that is there already, name a folder that isn't", status=2)
     with join_world(config) as world:
         try:
