@@ -400,11 +400,7 @@ class GPT(nn.Module):
         return torch.empty(shape, dtype=dtype, device=self.lm_head.weight.device)
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Tensor | None = None
     ) -> Tensor:
         """The last block's output after ln_f (B, T, C) for token ids (B, T).
 
