@@ -1102,10 +1102,9 @@ def draw_curves(log_path: Path, picture: Path) -> None:
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
 
     def curve(axis, event: str, key: str, label: str, **style) -> None:
-        entries = sorted(events.get(event, {}).items())
-        if entries:
-            x = [tokens_before(step + 1, config) for step, _ in entries]
-            axis.plot(x, [e[key] for _, e in entries], label=label.format(entries[-1][1][key]), **style)
+        if entries := events.get(event):
+            x, y = [tokens_before(step + 1, config) for step in entries], [e[key] for e in entries.values()]
+            axis.plot(x, y, label=label.format(y[-1]), **style)
 
     def reference(axis, value: float, text: str) -> None:
         axis.axhline(value, color="0.4", linewidth=1, linestyle="--")
@@ -1117,9 +1116,8 @@ def draw_curves(log_path: Path, picture: Path) -> None:
     # The figures of OpenAI's models hold for this corpus and this context only.
     if start["data"] == "edufineweb" and start["block_size"] == 1024:
         reference(axes[0], 3.2924, "OpenAI GPT-2 124M: 3.2924")
-    finite = [e["loss"] for _, e in sorted(events.get("train", {}).items()) if math.isfinite(e["loss"])]
-    if finite:  # the first few hundredths of a run would squeeze the rest
-        axes[0].set_ylim(top=1.05 * finite[len(finite) // 33])
+    if losses := [e["loss"] for e in events.get("train", {}).values()]:
+        axes[0].set_ylim(top=1.05 * losses[len(losses) // 33])  # the first hundredths of a run would squeeze the rest
     axes[0].set_ylabel("loss, nats per token")
     axes[0].set_title(f"GPT-2, {start['parameters'] / 1e6:.1f}M parameters, {start['data']} shards", loc="left")
     if panels == 2:
