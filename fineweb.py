@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from collections import deque
@@ -116,13 +117,18 @@ def exit_status(main: Callable[[], None], program: str) -> int:
 
 def run_script(main: Callable[[], None], program: str) -> NoReturn:
     """End the process with the exit_status() of main()."""
-    status = exit_status(main, program)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Now and then threads of torch.distributed outlive the interpreter, and abort a process that has done its work.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(exit_status(main, program))
+    try:
+        status = exit_status(main, program)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # Threads of torch.distributed can outlive the interpreter: they would abort a process that has done its work, or
+    # keep one that failed waiting for the other ranks.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def one_line(error: BaseException) -> str:

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import warnings
 import zipfile
 from collections import deque
@@ -775,30 +774,14 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
     try:
         yield world
-    except BaseException as error:
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL|[Cc]onnection|Dist", f"{type(error)} {error}"):
+            raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than the line that says why
-        lost = isinstance(error, RuntimeError) and re.search("gloo|NCCL|[Cc]onnection|Dist", f"{type(error)} {error}")
-        if lost:
-            mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
-            error = UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})")
-
-        # The others may sit in a collective that this rank will never join, and NCCL's shutdown would wait for them
-        # for ever: end anyway, and torchrun ends the rest.
-        def give_up(error: BaseException = error) -> None:
-            if isinstance(error, UserError):
-                print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-            else:
-                traceback.print_exception(error)
-            os._exit(getattr(error, "status", 1))
-
-        timer = threading.Timer(20, give_up)
-        timer.daemon = True
-        timer.start()
-        if lost:
-            raise error from None
-        raise
-    finally:
-        dist.destroy_process_group()
+        mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
+        raise UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})") from None
+    # After an error the others may sit in a collective that this rank will never join, and NCCL would wait for them.
+    dist.destroy_process_group()
 
 
 @contextmanager
