@@ -138,6 +138,7 @@ def test_weights_of_transformers_run_no_code(tmp_path, marker, kind):
         (folder / "model.safetensors").unlink()
     else:
         config = json.loads((folder / "config.json").read_text())
+        config["_attn_implementation"] = "owner/name"  # a kernel to download
         config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nModel = Config = None\n")
