@@ -870,22 +870,17 @@ def write_demo(out_dir: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = Parser(prog="fineweb.py", description=__doc__)
-    for name, kind, default, text in [
-        ("out_dir", str, None, "folder for the shards (default: edu_fineweb10B, or demo_data with --demo)"),
-        ("dataset", str, FINEWEB_EDU, f"name on the Hub, or a folder (default: {FINEWEB_EDU})"),
-        ("subset", str, None, "folder in the dataset (default: sample/10BT of FineWeb and FineWeb-Edu, else all)"),
-        ("revision", str, "main", "branch, tag or commit on the Hub (default: main)"),
-        ("shard_tokens", int, 100_000_000, "tokens in a shard (default: 100 million)"),
-        ("max_tokens", int, None, "stop after so many tokens (default: take all)"),
-        ("workers", int, cores, f"processes that tokenize (default: the usable cores, {cores} here)"),
-    ]:
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
-    for name, text in [
-        ("keep_downloads", "keep the downloaded files, in the Hub's own cache (else two at a time are on the disk)"),
-        ("demo", "write the demo corpus, which needs no network"),
-        ("verify", "compare the shards in --out_dir with their manifest.json"),
-    ]:
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    add, switch = partial(parser.add_argument, metavar="X"), partial(parser.add_argument, action="store_true")
+    add("--out_dir", help="folder for the shards (default: edu_fineweb10B, or demo_data with --demo)")
+    add("--dataset", default=FINEWEB_EDU, help="name on the Hub, or a folder (default: %(default)s)")
+    add("--subset", help="folder in the dataset (default: sample/10BT of FineWeb and FineWeb-Edu, else all)")
+    add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
+    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100 million)")
+    add("--max_tokens", type=int, help="stop after so many tokens (default: take all)")
+    add("--workers", type=int, default=cores, help="processes that tokenize (default: the %(default)s usable cores)")
+    switch("--keep_downloads", help="keep the downloads, in the Hub's own cache (else two at a time are on the disk)")
+    switch("--demo", help="write the demo corpus, which needs no network")
+    switch("--verify", help="compare the shards in --out_dir with their manifest.json")
     args = parser.parse_args(argv)
     for name, least, most in [("shard_tokens", 1, 2**30), ("max_tokens", 2, 2**53), ("workers", 1, 1024)]:
         value = getattr(args, name)
