@@ -39,18 +39,15 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import islice
+from itertools import islice, pairwise
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import tiktoken
-
-if TYPE_CHECKING:
-    from transformers import GPT2Tokenizer
 
 RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
 # Published by tiktoken, in openai_public.py.
@@ -254,11 +251,8 @@ def tokenizer() -> tiktoken.Encoding:
     )
 
 
-def fast_tokenizer(**kwargs) -> "GPT2Tokenizer":
-    """The GPT-2 encoding as a fast tokenizer of `transformers`, which takes the keyword arguments.
-
-    In a text, it takes <|endoftext|> for that token. Its merges are found by undoing the last one of each token.
-    """
+def fast_tokenizer(**kwargs):
+    """The GPT-2 encoding as a GPT2Tokenizer of `transformers`, which takes <|endoftext|> in a text for that token."""
     from transformers import GPT2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -266,10 +260,10 @@ def fast_tokenizer(**kwargs) -> "GPT2Tokenizer":
     letters = bytes_to_unicode()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
-    for token in ranks:
+    for token in ranks:  # encoded until two parts are left, which are those that its merge joins
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            joined = [ranks.get(a + b, N_VOCAB) for a, b in zip(parts, parts[1:], strict=False)]
+            joined = [ranks.get(a + b, N_VOCAB) for a, b in pairwise(parts)]
             first = joined.index(min(joined))
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
         if len(parts) == 2:
