@@ -238,17 +238,10 @@ def tokenizer() -> tiktoken.Encoding:
     """The GPT-2 encoding, built from assets/gpt2.tiktoken; raises UserError if that file is missing or altered."""
     content = RANKS_FILE.read_bytes() if RANKS_FILE.exists() else b""
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
-        raise UserError(
-            f"{RANKS_FILE} is missing, or its SHA-256 is not {RANKS_SHA256}: restore it from the repository"
-        )
-    pairs = (line.split() for line in content.splitlines())
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=PATTERN,
-        mergeable_ranks={binascii.a2b_base64(token): int(rank) for token, rank in pairs},
-        special_tokens={"<|endoftext|>": END_OF_TEXT},
-        explicit_n_vocab=N_VOCAB,
-    )
+        raise UserError(f"{RANKS_FILE} is missing, or its SHA-256 is not {RANKS_SHA256}: restore the repository's")
+    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+    special = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def fast_tokenizer(**kwargs):
