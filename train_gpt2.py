@@ -762,14 +762,15 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     if size == 1:
         yield world
         return
-    store, restart = None, os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        # github.com/pytorch/pytorch/issues/135712: ranks would look for each other where the ones before them were.
+        # github.com/pytorch/pytorch/issues/135712: ranks would look for each other where the ones before them were,
+        # but for a prefix on which they agree. Several agents don't: each counts its own restarts.
         if local_size < size:
             mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
             raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {mend}")
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"restart {restart}", store)
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
     try:
