@@ -286,12 +286,7 @@ def serve(connection: Connection) -> None:
     """Be a worker: encode_batch() what comes, until the other end is closed, if only by the end of its process."""
     with suppress(EOFError, OSError):
         while True:
-            batch = connection.recv()
-            try:
-                result = encode_batch(batch)
-            except Exception as error:
-                result = error  # for the parent to raise
-            connection.send(result)
+            connection.send(encode_batch(connection.recv()))
 
 
 def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
@@ -302,6 +297,7 @@ def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
     if workers == 1:
         yield from map(encode_batch, batches)
         return
+    tokenizer()  # whose error is better raised here than in a worker
     spawn = multiprocessing.get_context("spawn")
     free, processes = SimpleQueue(), []
     resource_tracker.ensure_running()  # which the first process starts otherwise, and which unblocks SIGINT
@@ -320,11 +316,8 @@ def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
             connection.send(batch)
             result = connection.recv()
         except (EOFError, OSError):
-            text = f"a worker was killed, perhaps for lack of memory (--workers {workers}); {AGAIN}"
-            raise UserError(text) from None
+            raise UserError(f"a worker was killed, perhaps for lack of memory (--workers {workers}); {AGAIN}") from None
         free.put(connection)
-        if isinstance(result, Exception):
-            raise result
         return result
 
     try:

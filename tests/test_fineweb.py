@@ -151,7 +151,7 @@ def test_altered_ranks_are_refused(tmp_path, monkeypatch):
             tokenizer()
 
 
-def test_what_a_worker_raises_is_one_line_too(tmp_path):
+def test_missing_ranks_are_one_line_with_workers_too(tmp_path):
     script = tmp_path / "fineweb.py"
     script.write_bytes(Path(fineweb.__file__).read_bytes())  # without assets/ beside it
     source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
