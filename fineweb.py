@@ -809,18 +809,13 @@ def verify(folder: Path) -> Manifest:
 
 
 def demo_documents() -> list[str]:
-    """English prose that comes with every Python, by the page, in an order that looks random and is always the same.
-
-    The topics of the language reference (what `help("for")` shows) and the longer docstrings of the standard library's
-    modules, which are parsed, never imported: about 370,000 tokens.
-    """
+    """Prose that comes with every Python, by the page, in a random order, always the same: about 370,000 tokens."""
     from pydoc_data.topics import topics
 
-    texts = [topics[name] for name in sorted(topics)]
+    texts = [topics[name] for name in sorted(topics)]  # the language reference, which `help("for")` shows
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escape sequences in other people's strings
-            tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings(action="ignore"):  # escape sequences in other people's strings
+            tree = ast.parse(path.read_bytes())  # never imported
         nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
         docstrings = (ast.get_docstring(node) or "" for node in nodes)
         texts += [text for text in docstrings if len(text) >= 100]
