@@ -167,22 +167,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at `path` complete or not at all; OSError if something stands there already.
-
-    It is made as .NAME.unfinished beside it, which a killed run leaves to the next one; its files are flushed to the
-    disk before it is renamed. Another process that fills a folder beside it waits.
-    """
+    """A folder to fill that appears at `path` complete or not at all; OSError if something stands there already."""
     temporary = path.with_name(f".{path.name}.unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = os.open(path.parent, os.O_RDONLY)
     with suppress(ImportError, OSError):  # not every system has such locks
         import fcntl
 
-        fcntl.flock(parent, fcntl.LOCK_EX)  # which ends with the process
+        fcntl.flock(parent, fcntl.LOCK_EX)  # two that fill a folder here take turns; it ends with the process
     try:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "already there", str(path))
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed run's
         temporary.mkdir()
         yield temporary
         for file_path in temporary.iterdir():
@@ -290,10 +286,7 @@ def serve(connection: Connection) -> None:
 
 
 def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
-    """encode_batch() of each batch, in order; with more than one worker in processes of their own.
-
-    Each worker has a pipe to itself, so that the end of one, at any moment, is noticed: UserError.
-    """
+    """encode_batch() of each batch, in order; several workers are processes, and UserError says if one is killed."""
     if workers == 1:
         yield from map(encode_batch, batches)
         return
@@ -303,7 +296,7 @@ def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
     resource_tracker.ensure_running()  # which the first process starts otherwise, and which unblocks SIGINT
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which workers inherit: Ctrl-C is not for them
     for _ in range(workers):
-        ours, theirs = spawn.Pipe()
+        ours, theirs = spawn.Pipe()  # one for each, so that the end of its worker, at any moment, is noticed
         processes.append(spawn.Process(target=serve, args=(theirs,), daemon=True))
         processes[-1].start()
         theirs.close()
@@ -334,10 +327,7 @@ SHARD = re.compile(r"[\w.-]*_(train|val)_\d+\.(npy|bin)", re.ASCII)
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a .npy shard, or of a .bin shard as llm.c writes them, as a 1-D uint16 memory map.
-
-    Raises UserError if the file is anything else, or cut short.
-    """
+    """A .npy shard, or a .bin shard as llm.c writes it, as a 1-D uint16 memory map; UserError if it is none, or cut."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a file")
@@ -544,11 +534,7 @@ def show_progress(encoded: Iterable[tuple], manifest: Manifest) -> Iterator[tupl
 
 
 def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1) -> None:
-    """Tokenize batches, which begin with the row of manifest.resume_at, into shards, until their end or max_tokens.
-
-    Tokens that don't fill more than one shard are cut in two, a tenth for validation. Raises UserError if there are
-    none, OSError if a shard can't be written.
-    """
+    """Tokenize batches, which begin with the row of manifest.resume_at, into shards, until their end or max_tokens."""
     buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
     to_skip, to_take = manifest.resume_at[2], (manifest.max_tokens or sys.maxsize) - manifest.tokens
     with closing(encode_batches(batches, workers)) as encoded:
@@ -564,7 +550,7 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
                 at, filled, to_take = at + taken, filled + taken, to_take - taken
             if not to_take:
                 break
-    begin = 0 if manifest.shards else max(1, filled // 10)
+    begin = 0 if manifest.shards else max(1, filled // 10)  # of what fills no more than one, a tenth
     if begin >= filled:
         raise UserError(f"{manifest.dataset} has too little text, or less than it had")
     if begin:
@@ -576,10 +562,7 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tuple[dict | None, float]]:
-    """The rows of a .parquet, .jsonl, .jsonl.gz or .txt file, each with the fraction of the file read so far.
-
-    Of a parquet file only the columns, all of which it must have. An empty line of JSON lines is None.
-    """
+    """The rows of a .parquet, .jsonl(.gz) or .txt file, None for an empty line, with the fraction read so far."""
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
@@ -599,10 +582,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tupl
 
 
 def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
-    """The texts of files, from the row of manifest.resume_at on, by about a million characters.
-
-    A null is no document. Raises UserError, with the file and the row, for what can't be read.
-    """
+    """The texts from the row of manifest.resume_at on, by about BATCH_CHARACTERS; UserError for what can't be read."""
     begin, first, _ = manifest.resume_at
     sizes = [*manifest.files.values()]
     total, before = sum(sizes) + 1, sum(sizes[:begin]) + 1  # never 0
@@ -613,7 +593,7 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
             for record, fraction in islice(read_rows(path), first, None):
                 if not isinstance(text := None if record is None else record["text"], str | None):
                     raise ValueError(f"text is {type(text).__name__}, not a string")
-                if text is not None:
+                if text is not None:  # null is no document
                     texts.append(text)
                     characters += len(text) + 1
                 row += 1
@@ -633,15 +613,12 @@ HUB_MEND = f"check the network, --dataset, --subset and --revision; {AGAIN}"
 
 
 def ask_hub(function: Callable, *args, tries: int = 3, mend: str = HUB_MEND, **kwargs):
-    """function(...) of huggingface_hub, which retries much by itself, several times if need be.
-
-    Raises UserError, which ends in `mend`, if that fails, but what the system says of a disk as it is.
-    """
+    """function(...) of huggingface_hub, tried so many times; UserError, which ends in `mend`, if it fails for good."""
     for left in reversed(range(tries)):
         try:
             return function(*args, **kwargs)
         except Exception as error:  # the client's, the network library's and hf_xet's own
-            if isinstance(error, OSError) and error.errno:
+            if isinstance(error, OSError) and error.errno:  # of the disk
                 raise
             if not left:
                 raise UserError(f"the Hub: {one_line(error)}: {mend}") from None
@@ -679,10 +656,7 @@ def find_source(manifest: Manifest) -> None:
 
 
 def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Path]:
-    """The files of the dataset from manifest.resume_at on.
-
-    From the Hub, each is downloaded while the one before it is in use, and deleted after use unless it is to be kept.
-    """
+    """The files from manifest.resume_at on; the Hub's are fetched one ahead, and deleted after use unless kept."""
     names = [*manifest.files]
     done, left = names[: manifest.resume_at[0]], names[manifest.resume_at[0] :]
     if manifest.commit is None:
@@ -718,10 +692,7 @@ def take_shards(paths: Iterable[Path], folder: Path, manifest: Manifest) -> None
 
 
 def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
-    """The manifest of the shards in a folder, None if there are none yet; touches nothing.
-
-    Raises UserError if they were made with other settings, or are not all there.
-    """
+    """The manifest of a folder, None if it has no shards; UserError if their settings differ, or some are missing."""
     if not (folder / "manifest.json").exists():
         if any(SHARD.fullmatch(path.name) for path in folder.glob("*")):
             raise UserError(f"{folder} holds shards, but no manifest.json to go on from: give another --out_dir")
@@ -744,10 +715,7 @@ def check_folder(folder: Path) -> None:
 
 
 def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
-    """Make the shards with the wanted settings, or go on making them; returns their manifest.
-
-    Raises UserError for whatever the user can mend. Whatever happens, complete shards stay.
-    """
+    """Make the shards with the wanted settings, or go on making them; whatever happens, complete shards stay."""
     from filelock import FileLock, Timeout
 
     downloads, lock = folder / ".fineweb_downloads", folder / ".fineweb_lock"
