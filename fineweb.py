@@ -275,6 +275,10 @@ def encode_document(text: str) -> np.ndarray:
 def encode_batch(batch: Batch) -> tuple[list[int], float, np.ndarray]:
     """A batch with its texts replaced by their tokens, (N,) uint16."""
     place, fraction, texts = batch
+    text = "".join(f"<|endoftext|>{text}" for text in texts)
+    if text.count("<|endoftext|>") == len(texts):
+        with suppress(ValueError):  # the same tokens by one call, in which Python's lock is free
+            return place, fraction, tokenizer().encode_to_numpy(text, allowed_special="all").astype(np.uint16)
     return place, fraction, np.concatenate([encode_document(text) for text in texts])
 
 

@@ -118,6 +118,15 @@ def test_a_document_opens_with_end_of_text_and_holds_no_other(reference):
         assert encode_document(text).tolist() == stream(reference, [text]).tolist()
 
 
+def test_a_batch_is_encoded_as_its_documents_are(reference):
+    plain = [fuzz(i, 60).replace("<|endoftext|>", "") for i in range(300)]
+    odd = ["a ", " b", "\n", "", "<|endof", "text|>", " "]
+    for texts in (plain, odd, [*plain, "<|endoftext|>"], ["x\ud800y", "z"]):
+        tokens = fineweb.encode_batch(([0, 0], 1.0, texts))[2]
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == stream(reference, [text.replace("\ud800", "\ufffd") for text in texts]).tolist()
+
+
 def test_text_that_stops_the_regular_expression_is_encoded_all_the_same(reference):
     run = 1_200_000
     for text in ["a" + " " * run + "b", "\n" * run + "b  c\u00a0\u00a0d", " " * run]:
