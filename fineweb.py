@@ -20,7 +20,6 @@ import errno
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -35,15 +34,12 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice, pairwise
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import BinaryIO, NoReturn
 
 import numpy as np
@@ -207,13 +203,13 @@ def background(function: Callable, *args) -> Future:
     return future
 
 
-def prefetch(function: Callable, arguments: Iterable, ahead: int = 3) -> Iterator:
-    """Yield function(a) for each argument in turn, while threads compute the next few."""
+def prefetch(function: Callable, arguments: Iterable, ahead: int = 3, start: Callable = background) -> Iterator:
+    """Yield function(a) for each argument in turn, while the next few, begun by start(function, a), are computed."""
     arguments = iter(arguments)
-    pending = deque(background(function, a) for a in islice(arguments, ahead))
+    pending = deque(start(function, a) for a in islice(arguments, ahead))
     while pending:
         result = pending.popleft().result()
-        pending.extend(background(function, a) for a in islice(arguments, 1))
+        pending.extend(start(function, a) for a in islice(arguments, 1))
         yield result
 
 
@@ -282,47 +278,18 @@ def encode_batch(batch: Batch) -> tuple[list[int], float, np.ndarray]:
     return place, fraction, np.concatenate([encode_document(text) for text in texts])
 
 
-def serve(connection: Connection) -> None:
-    """Be a worker: encode_batch() what comes, until the other end is closed, if only by the end of its process."""
-    with suppress(EOFError, OSError):
-        while True:
-            connection.send(encode_batch(connection.recv()))
-
-
 def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
-    """encode_batch() of each batch, in order; several workers are processes, and UserError says if one is killed."""
+    """encode_batch() of each batch, in order; with more than one worker in threads."""
     if workers == 1:
         yield from map(encode_batch, batches)
         return
-    tokenizer()  # whose error is better raised here than in a worker
-    spawn = multiprocessing.get_context("spawn")
-    free, processes = SimpleQueue(), []
-    resource_tracker.ensure_running()  # which the first process starts otherwise, and which unblocks SIGINT
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which workers inherit: Ctrl-C is not for them
-    for _ in range(workers):
-        ours, theirs = spawn.Pipe()  # one for each, so that the end of its worker, at any moment, is noticed
-        processes.append(spawn.Process(target=serve, args=(theirs,), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        free.put(ours)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def encode(batch: Batch) -> tuple:
-        connection = free.get()
-        try:
-            connection.send(batch)
-            result = connection.recv()
-        except (EOFError, OSError):
-            raise UserError(f"a worker was killed, perhaps for lack of memory (--workers {workers}); {AGAIN}") from None
-        free.put(connection)
-        return result
-
+    tokenizer()  # made once, not by each of them
+    pool = ThreadPoolExecutor(workers)
     try:
-        # Enough in advance to keep the workers busy while a shard is written.
-        yield from prefetch(encode, batches, 2 * workers + 30)
+        # Enough in advance to keep them busy while a shard is written.
+        yield from prefetch(encode_batch, batches, 2 * workers + 30, pool.submit)
     finally:
-        for process in processes:
-            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------- shards and their manifest
@@ -824,7 +791,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100 million)")
     add("--max_tokens", type=int, help="stop after so many tokens (default: take all)")
-    add("--workers", type=int, default=cores, help="processes that tokenize (default: the %(default)s usable cores)")
+    add("--workers", type=int, default=cores, help="threads that tokenize (default: the %(default)s usable cores)")
     switch("--keep_downloads", help="keep the downloads, in the Hub's own cache (else two at a time are on the disk)")
     switch("--demo", help="write the demo corpus, which needs no network")
     switch("--verify", help="compare the shards in --out_dir with their manifest.json")

@@ -10,8 +10,8 @@ characters), in one Snappy-compressed parquet file with row groups of 1,000.
 - imap: the usual script. multiprocessing's Pool(2).imap(..., chunksize=16) over single documents read from the parquet
   file, each encoded into a list, checked, cast to uint16, and copied into shards that np.save() writes. Its processes
   are forks that find the encoder built.
-- fineweb: fineweb.build() with two workers, from the parquet file to shards and manifest, with checksums; its processes
-  start anew and build the encoder themselves.
+- fineweb: fineweb.build() with two workers, which are threads, from the parquet file to shards and manifest, with
+  checksums.
 
 The first two come with the pattern that tiktoken ships and with that of fineweb.py, which gives the same tokens. All
 that write shards must write the same tokens.
