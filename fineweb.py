@@ -44,6 +44,7 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
 # Published by tiktoken, in openai_public.py.
@@ -464,8 +465,6 @@ def find_token_ids(paths: list[Path]) -> list[int]:
     They come from manifest.json if it is about these very shards. Else they are counted, and kept in token_ids.json
     until a shard changes.
     """
-    from tqdm import tqdm
-
     folder, sizes = paths[0].parent, {path.name: len(open_shard(path)) for path in paths}
     with suppress(UserError):
         manifest = Manifest.load(folder)
@@ -491,8 +490,6 @@ def find_token_ids(paths: list[Path]) -> list[int]:
 
 def show_progress(encoded: Iterable[tuple], manifest: Manifest) -> Iterator[tuple]:
     """Hand on places and tokens; on a terminal, show in a bar how far they are."""
-    from tqdm import tqdm
-
     quiet = None if manifest.files else True  # None is tqdm's way to say: unless it is a terminal
     with tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
         bar.set_description_str("waiting for text")
@@ -652,8 +649,6 @@ def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Pat
 
 def take_shards(paths: Iterable[Path], folder: Path, manifest: Manifest) -> None:
     """Check ready-made shards and move them into the folder."""
-    from tqdm import tqdm
-
     begin, end = manifest.resume_at[0], len(manifest.files)
     for number, path in enumerate(tqdm(paths, initial=begin, total=end, unit="shard", disable=None), begin + 1):
         enter_shard(path, folder, manifest, [number, 0, 0], number == end)
@@ -725,8 +720,6 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
 
 def verify(folder: Path) -> Manifest:
     """The manifest of a folder; UserError unless it is complete, and the shards byte by byte what it says."""
-    from tqdm import tqdm
-
     manifest, faults = Manifest.load(folder), []
     found = dataclasses.replace(manifest, documents=0, shards=[], token_ids=[])
     for shard in tqdm(manifest.shards, unit="shard", disable=None):
