@@ -17,6 +17,7 @@ import binascii
 import dataclasses
 import difflib
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -168,9 +169,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = os.open(path.parent, os.O_RDONLY)
-    with suppress(ImportError, OSError):  # not every system has such locks
-        import fcntl
-
+    with suppress(OSError):  # not every file system has locks
         fcntl.flock(parent, fcntl.LOCK_EX)  # two that fill a folder here take turns; it ends with the process
     try:
         if os.path.lexists(path):
@@ -502,7 +501,10 @@ def show_progress(encoded: Iterable[tuple], manifest: Manifest) -> Iterator[tupl
 
 
 def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1) -> None:
-    """Tokenize batches, which begin with the row of manifest.resume_at, into shards, until their end or max_tokens."""
+    """Tokenize batches, which begin with the row of manifest.resume_at, into shards, until their end or max_tokens.
+
+    Raises UserError if there is too little text for any, OSError if one can't be written.
+    """
     buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
     to_skip, to_take = manifest.resume_at[2], (manifest.max_tokens or sys.maxsize) - manifest.tokens
     with closing(encode_batches(batches, workers)) as encoded:
@@ -530,7 +532,10 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tuple[dict | None, float]]:
-    """The rows of a .parquet, .jsonl(.gz) or .txt file, None for an empty line, with the fraction read so far."""
+    """The rows of a .parquet, .jsonl(.gz) or .txt file, None for an empty line, with the fraction read so far.
+
+    Of a parquet file only the columns, all of which it must have. Raises what its reader does, some of DAMAGE.
+    """
     if path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
 
@@ -681,7 +686,10 @@ def check_folder(folder: Path) -> None:
 
 
 def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
-    """Make the shards with the wanted settings, or go on making them; whatever happens, complete shards stay."""
+    """Make the shards with the wanted settings, or go on making them; whatever happens, complete shards stay.
+
+    Raises UserError for whatever the user can mend.
+    """
     from filelock import FileLock, Timeout
 
     downloads, lock = folder / ".fineweb_downloads", folder / ".fineweb_lock"
