@@ -104,7 +104,7 @@ def exit_status(main: Callable[[], None], program: str) -> int:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        program += f" [rank {os.environ['RANK']}]"
+        program += f" [rank {os.environ.get('RANK')}]"
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
     print(f"{program}: {line}", file=sys.stderr, flush=True)
     return status
@@ -139,6 +139,13 @@ def warn(message: str) -> None:
     """Print a warning, once for all ranks."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def read_plain(path: Path) -> bytes:
+    """The content of a file; UserError if it is something else, a pipe say, which one would wait for."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a plain file: remove it")
+    return path.read_bytes()
 
 
 @contextmanager
@@ -383,7 +390,7 @@ class Manifest:
         """The manifest of a folder; UserError if it is missing or damaged."""
         path = folder / "manifest.json"
         try:
-            manifest = cls(**json.loads(path.read_bytes()))
+            manifest = cls(**json.loads(read_plain(path)))
             numbers = [*manifest.resume_at, *manifest.token_ids, *manifest.files.values()]
             numbers += [shard["tokens"] for shard in manifest.shards]
             if not (
@@ -472,7 +479,7 @@ def find_token_ids(paths: list[Path]) -> list[int]:
     cache = folder / "token_ids.json"
     known = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
     with suppress(*DAMAGE):
-        cached = json.loads(cache.read_bytes())
+        cached = json.loads(read_plain(cache))
         if cached["shards"] == known and all(type(i) is int and 0 <= i < 2**16 for i in cached["token_ids"]):
             return cached["token_ids"]
     seen = np.zeros(2**16, dtype=bool)

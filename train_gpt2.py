@@ -772,11 +772,15 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other ranks ({one_line(error)}): start them with torchrun") from None
     try:
         yield world
     except RuntimeError as error:
-        if not re.search("gloo|NCCL|[Cc]onnection|Dist", f"{type(error)} {error}"):
+        gone = "gloo/|NCCL|[Cc]onnection (closed|reset|refused)"
+        if not isinstance(error, dist.DistError) and not re.search(gone, str(error)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than the line that says why
         mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
@@ -789,23 +793,20 @@ def join_world(config: TrainConfig) -> Iterator[World]:
 def stop_requests(requests: list[float]) -> Iterator[None]:
     """Put the time of a first SIGTERM or SIGINT into a list, to be looked at; let the next one end the process at once.
 
-    What comes within a second is the same request, passed on by torchrun or Slurm as well. A thread listens too, as
-    Python would call no handler while a collective waits for a rank that hangs.
+    What comes within a second is the same request, passed on by torchrun or Slurm as well. A thread listens, as Python
+    calls a handler only after the operation at work, which can take seconds, or wait for a rank that hangs.
     """
     ear, mouth = socket.socketpair()
     mouth.setblocking(False)
 
-    def handle(number: int, frame=None) -> None:
-        if requests and time.monotonic() - requests[0] > 1:
-            os._exit(128 + number)
-        requests.append(time.monotonic())
-
     def listen() -> None:
         while heard := ear.recv(1):
             if heard[0] in before:
-                handle(heard[0])
+                if requests and time.monotonic() - requests[0] > 1:
+                    os._exit(128 + heard[0])
+                requests.append(time.monotonic())
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.set_wakeup_fd(mouth.fileno())
     threading.Thread(target=listen, daemon=True).start()
     try:
@@ -898,8 +899,12 @@ def step_of(path: Path) -> int:
 
 
 def find_checkpoints(out_dir: str) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()), key=step_of)
+    """The checkpoints of a run, oldest first; OSError if the folder is there and can't be read."""
+    try:
+        names = os.listdir(out_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((Path(out_dir, name) for name in names if re.fullmatch(r"ckpt_\d+\.pt", name)), key=step_of)
 
 
 def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> Path:
@@ -948,10 +953,18 @@ def reading(path: Path) -> Iterator[None]:
 def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint, and the whole of it, on the CPU; no code in the file is run."""
     with reading(path):
-        if part := zipfile.ZipFile(path).testzip():
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        archive = zipfile.ZipFile(path)
+        if any(part.compress_type for part in archive.infolist()):  # torch compresses nothing
+            raise ValueError("it is compressed")
+        if part := archive.testzip():
             raise ValueError(f"{part} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
+        gpt_config = GPTConfig(**checkpoint["GPTConfig"])
+        if len(checkpoint["model"]) != 12 * gpt_config.n_layer + 5:  # before as many layers are made
+            raise ValueError(f"its weights are not those of {gpt_config.n_layer} layers")
+        model = GPT(gpt_config, seed=None)
         model.load_state_dict(checkpoint["model"])
         if checkpoint["TrainConfig"].get("mask_unseen"):
             model.allow(checkpoint["token_ids"])
@@ -1021,15 +1034,22 @@ class Log:
         self.path, self.enabled = path, world.is_main
         if not self.enabled:
             return
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(f"{path} is no plain file: remove it, or give another --out_dir")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # not every file system has locks
-            # torchrun has ended what it restarts; the lock of a lost machine may outlive it.
-            if isinstance(error, BlockingIOError) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                mend = "wait for its end, or give another --out_dir"
-                raise UserError(f"another run is at work in {path.parent}: {mend}") from None
+        several_machines = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+        for seconds_left in range(120 if several_machines else 0, -1, -1):  # a lost machine's lock may outlive it
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):  # not every file system has locks
+                    break
+                if not seconds_left:
+                    mend = "wait for its end, or give another --out_dir"
+                    raise UserError(f"another run is at work in {path.parent}: {mend}") from None
+                time.sleep(1)
         # A run that was killed may have left half a line.
         if self.file.tell() and (self.file.seek(-1, os.SEEK_END), self.file.read(1))[1] != b"\n":
             self.file.write(b"\n")
@@ -1053,7 +1073,7 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     events: dict[str, dict[int, dict]] = {}
     # Each key once in memory, not once a line.
     decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: {sys.intern(key): value for key, value in pairs})
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in fineweb.read_plain(path).decode(errors="replace").splitlines():
         try:
             entry = decoder.decode(line)
             event, step = str(entry["event"]), int(entry["step"])

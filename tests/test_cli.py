@@ -273,3 +273,10 @@ def test_demo_changes_defaults_only(tmp_path, shards, capsys):
     start = train_gpt2.read_log(tmp_path / "log" / "log.jsonl")["start"][0]
     assert start["demo"] is True
     assert (start["n_embd"], start["max_steps"], start["data_dir"]) == (16, 6, str(shards))
+
+
+def test_several_ranks_without_torchrun_are_one_line(shards, tmp_path):
+    result = run_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "log")], env={"WORLD_SIZE": "2"}, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.startswith("train_gpt2.py [rank None]: cannot join the other ranks (")
+    assert result.stderr.count("\n") == 1

@@ -25,6 +25,7 @@ from conftest import (
     run_forked,
     run_script,
     run_train,
+    small_files,
     start_forked,
     start_script,
     stop_after,
@@ -187,11 +188,12 @@ def test_evaluations_left_out_by_a_stop_are_made_up_for(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", max_steps=6, eval_every=3, save_every=6)
     program = tmp_path / "stop_at_step_3.py"
     program.write_text(
-        "import os, signal, sys, fineweb, train_gpt2\n"
+        "import os, signal, sys, time, fineweb, train_gpt2\n"
         "def step(*args, real=train_gpt2.train_step):\n"
         "    result = real(*args)\n"
         "    if args[3] == 3:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.5)\n"
         "    return result\n"
         "train_gpt2.train_step = step\n"
         "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
@@ -229,6 +231,29 @@ def test_a_second_signal_ends_at_once_and_one_passed_on_twice_does_not(shards, t
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
+
+
+def test_one_signal_is_one_request_however_long_the_operation_at_work_takes(shards, tmp_path):
+    program = tmp_path / "long_operation.py"
+    program.write_text(
+        "import hashlib, os, signal, sys, threading, time, fineweb, train_gpt2\n"
+        "def work(rounds):\n"
+        "    began = time.monotonic()\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', rounds)\n"  # no signal interrupts it
+        "    return time.monotonic() - began\n"
+        "def step(*args, real=train_gpt2.train_step):\n"
+        "    if args[3] == 2:\n"
+        "        rounds = int(100_000 * 3 / work(100_000))\n"
+        "        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "        while work(rounds) < 2:\n"
+        "            rounds *= 2\n"
+        "    return real(*args)\n"
+        "train_gpt2.train_step = step\n"
+        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
+    )
+    result = run_script([program, *tiny_flags(shards, tmp_path / "log")])
+    assert result.returncode == 0, result.stderr
+    assert "stopped after step 2, as asked; saved" in result.stdout
 
 
 def test_a_second_signal_ends_a_rank_that_waits_for_one_that_hangs(shards, tmp_path):
@@ -358,11 +383,10 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(shards, small_d
 
 
 def test_a_log_that_cannot_be_written_is_one_line(shards, tmp_path):
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "log.jsonl").symlink_to("/dev/full")
-    result = run_forked(["train_gpt2", *tiny_flags(shards, tmp_path / "log")], tmp_path)
+    flags = tiny_flags(shards, tmp_path / "log", max_steps=60, eval_every=0, save_every=0)
+    result = run_script(["train_gpt2.py", *flags], preexec_fn=small_files(5000))
     assert result.returncode == 1
-    assert result.stderr == f"train_gpt2.py: {tmp_path / 'log' / 'log.jsonl'}: No space left on device\n"
+    assert result.stderr == f"train_gpt2.py: {tmp_path / 'log' / 'log.jsonl'}: File too large\n"
 
 
 def test_an_out_dir_that_is_lost_while_training_is_one_line(shards, tmp_path):
@@ -391,11 +415,21 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(shards, tmp_path)
     result = run_forked(flags, second)
     assert result.returncode == 1
     assert_one_line(result)
-    assert f"another run is at work in {tmp_path / 'log'}: wait for its end, or give another --out_dir" in result.stderr
+    refusal = f"another run is at work in {tmp_path / 'log'}: wait for its end, or give another --out_dir"
+    assert refusal in result.stderr
+    restarted = run_script(["train_gpt2.py", *flags[1:]], ranks=2, torchrun=["--max-restarts=1"])
+    assert restarted.returncode != 0
+    assert restarted.stderr.count(refusal) == 2
     first.terminate()
     first.join(60)
     assert first.exitcode == 0, (tmp_path / "stderr").read_text()
     assert [*read_log(tmp_path / "log" / "log.jsonl")["start"]] == [0]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path):
+    with pytest.raises(OSError, match="name too long"):
+        find_checkpoints(tmp_path / ("x" * 300))
+    assert find_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_the_last_two_checkpoints_are_kept_and_those_of_keep_every(shards, tmp_path):

@@ -367,6 +367,41 @@ def test_a_hostile_checkpoint_that_loads_is_refused_or_does_no_harm(shards, tmp_
         assert "\x1b" not in result.stderr
 
 
+def test_checkpoints_that_would_take_forever_are_refused(shards, tmp_path):
+    out = tmp_path / "log"
+    assert run_train(tiny_flags(shards, out, max_steps=3, save_every=3)) == 0
+    path, checkpoint = train_gpt2.find_checkpoints(out)[-1], newest(out)
+    checkpoint["GPTConfig"] |= {"n_layer": 10**6, "n_embd": 1, "n_head": 1}
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="its weights are not those of 1000000 layers"):
+        train_gpt2.load_checkpoint(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("log/data.pkl", bytes(10**6))
+    with pytest.raises(UserError, match="it is compressed"):
+        train_gpt2.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["log/log.jsonl", "log/ckpt_000006.pt", "data/manifest.json", "data/token_ids.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(shards, tmp_path, name):
+    flags = ["train_gpt2", *tiny_flags(shards, tmp_path / "log", mask_unseen=True)]
+    assert run_forked(flags, tmp_path).returncode == 0
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if name.startswith("data"):
+        flags += ["--out_dir", tmp_path / "new"]
+    result = run_forked(flags, tmp_path, timeout=60)
+    assert_one_line(result)
+    assert str(tmp_path / name) in result.stderr
+
+
+def test_a_log_that_is_a_link_is_refused(shards, tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "victim").write_text("keep me")
+    (tmp_path / "log" / "log.jsonl").symlink_to(tmp_path / "victim")
+    assert run_train(tiny_flags(shards, tmp_path / "log")) == 1
+    assert (tmp_path / "victim").read_text() == "keep me"
+
+
 def test_nothing_is_written_or_deleted_through_a_link(shards, tmp_path):
     victim, home = tmp_path / "victim", tmp_path / "home"
     home.mkdir()
