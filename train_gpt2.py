@@ -1043,13 +1043,13 @@ class Log:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):  # not every file system has locks
-                    break
+            except BlockingIOError:
                 if not seconds_left:
                     mend = "wait for its end, or give another --out_dir"
                     raise UserError(f"another run is at work in {path.parent}: {mend}") from None
                 time.sleep(1)
+            except OSError:  # not every file system has locks
+                break
         # A run that was killed may have left half a line.
         if self.file.tell() and (self.file.seek(-1, os.SEEK_END), self.file.read(1))[1] != b"\n":
             self.file.write(b"\n")

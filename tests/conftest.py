@@ -121,15 +121,9 @@ def be_a_script(module: str, argv: list[str], cwd: str | None) -> None:
 def forkserver():
     """Makes processes that start at once, as they are forked from one that has imported all."""
     context = multiprocessing.get_context("forkserver")
-    modules = [
-        "train_gpt2",
-        "hellaswag",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-        "transformers",
-        "pyarrow.parquet",
-    ]
-    context.set_forkserver_preload([*modules, "huggingface_hub", "tqdm", "conftest"])
+    drawing = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+    libraries = ["transformers", "pyarrow.parquet", "huggingface_hub", "tqdm"]
+    context.set_forkserver_preload(["train_gpt2", "hellaswag", *drawing, *libraries, "conftest"])
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # not every Python hands on where it imports from
     ensure_running()

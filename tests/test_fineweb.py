@@ -353,7 +353,7 @@ def test_what_is_killed_from_outside_goes_on_to_the_same_bytes(tmp_path):
         time.sleep(rng.random() * 0.1)
         kills += run.poll() is None
         run.kill()
-        run.communicate(timeout=60)  # which ends once the last process that holds its pipes does
+        run.communicate(timeout=60)
     assert kills > 0
     assert run_script([*argv, out]).returncode == 0
     assert contents(out) == contents(tmp_path / "unbroken")
