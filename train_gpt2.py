@@ -30,7 +30,7 @@ import time
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -145,6 +145,8 @@ class TrainConfig(Config):
     demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
 
     def check(self):
+        if self.max_lr == 0:
+            raise ValueError(f"--max_lr {self.max_lr} must be above 0")
         if self.max_steps and self.warmup_steps >= self.max_steps:
             raise ValueError(f"--warmup_steps {self.warmup_steps} must be below --max_steps {self.max_steps}")
         if self.min_lr > self.max_lr:
@@ -442,6 +444,15 @@ class GPT(nn.Module):
         return self.logits(hidden) if targets is None else self.loss(hidden, targets)
 
     @classmethod
+    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "GPT":
+        """The model of a checkpoint that read_checkpoint() gave."""
+        model = cls(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
+        model.load_state_dict(checkpoint["model"])
+        if checkpoint["TrainConfig"].get("mask_unseen"):
+            model.allow(checkpoint["token_ids"])
+        return model
+
+    @classmethod
     def from_pretrained(cls, name_or_dir: str) -> "GPT":
         """One of OpenAI's four GPT-2s from the Hub, or a folder saved by `transformers`, the vocabulary padded.
 
@@ -647,8 +658,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.max_lr - config.min_lr)
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings, but neither biases nor LayerNorms."""
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW that decays matrices and embeddings, but neither biases nor LayerNorms.
+
+    Nothing else asks which optimizer it is. A group with a "lr" of its own keeps its ratio to max_lr.
+    """
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -929,66 +943,56 @@ def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, con
 
 
 class DamagedError(UserError):
-    """A checkpoint that can't be read."""
+    """A checkpoint file that is damaged: its archive, its checksums or its pickle stream can't be read."""
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns whatever a damaged or foreign checkpoint raises inside into a DamagedError, which says all there is."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint as it was saved, its tensors on the CPU; no code in the file is run.
+
+    Raises DamagedError for a file that can't be read, UserError for one that this script didn't write.
+    """
     try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    except (MemoryError, torch.OutOfMemoryError, PermissionError):
+        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():  # compares the checksums, which torch.load() doesn't
+                raise ValueError(f"{part} in it is damaged")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError, FileNotFoundError):
         raise
-    except Exception as error:  # torch.load alone raises a dozen kinds
+    except Exception as error:  # a damaged pickle stream raises any of a dozen kinds
         # torch's own words for a file that holds code are an advice to run it.
-        why = (
-            "no checkpoint, or one that holds code"
-            if isinstance(error, UnpicklingError | zipfile.BadZipFile)
-            else one_line(error)
-        )
+        holds_code = isinstance(error, UnpicklingError | zipfile.BadZipFile)
+        why = "no checkpoint, or one that holds code" if holds_code else one_line(error)
         raise DamagedError(f"cannot read checkpoint {path} ({why}): restore it or move it away") from None
+    if not isinstance(checkpoint, dict) or "GPTConfig" not in checkpoint:
+        raise UserError(f"cannot read checkpoint {path}: train_gpt2.py didn't write it, as it has no GPTConfig")
+    return checkpoint
 
 
-def load_checkpoint(path: Path) -> tuple[GPT, dict[str, Any]]:
-    """The model of a checkpoint, and the whole of it, on the CPU; no code in the file is run."""
-    with reading(path):
-        if not path.is_file():
-            raise ValueError("it is not a file")
-        archive = zipfile.ZipFile(path)
-        if any(part.compress_type for part in archive.infolist()):  # torch compresses nothing
-            raise ValueError("it is compressed")
-        if part := archive.testzip():
-            raise ValueError(f"{part} in it is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        gpt_config = GPTConfig(**checkpoint["GPTConfig"])
-        if len(checkpoint["model"]) != 12 * gpt_config.n_layer + 5:  # before as many layers are made
-            raise ValueError(f"its weights are not those of {gpt_config.n_layer} layers")
-        model = GPT(gpt_config, seed=None)
-        model.load_state_dict(checkpoint["model"])
-        if checkpoint["TrainConfig"].get("mask_unseen"):
-            model.allow(checkpoint["token_ids"])
-        saved = checkpoint["TrainConfig"]
-        for f in dataclasses.fields(TrainConfig):
-            if type(saved.get(f.name, f.default)) not in ((int, float) if f.type is float else (f.type,)):
-                raise ValueError(f"its {f.name} is no {f.type.__name__}")
-        dict(checkpoint["optimizer"]["state"])
-        step, named = checkpoint["step"], re.fullmatch(r"ckpt_(\d+)", path.stem)
-        if type(step) is not int or (named and step_of(path) != step):
-            raise ValueError(f"it says that it is of step {step}")
-    return model, checkpoint
-
-
-def take_newest(out_dir: str, take: Callable[[Path], Any]) -> Any:
-    """take() of the newest checkpoint, or of the one before it if that is damaged, and so on; None if there is none."""
+def newest_checkpoint(out_dir: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that is not damaged, and where it lies; None if there is none at all."""
     found = find_checkpoints(out_dir)
     for path in reversed(found):
         try:
-            return take(path)
+            return path, read_checkpoint(path)
         except DamagedError as error:
             if path == found[0]:
                 raise
             fineweb.warn(f"{error}; taking the one before it")
+    return None
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:
+    """Load what an optimizer had learned; its settings stay those of the command line."""
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": settings})
+    for group in optimizer.param_groups:
+        if not group.get("fused"):
+            continue
+        for p in group["params"]:  # a fused kernel trusts the shapes that it is given
+            for name, value in optimizer.state[p].items():
+                if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
+                    shapes = f"{tuple(value.shape)} for a weight of shape {tuple(p.shape)}"
+                    raise ValueError(f"the optimizer's {name} in the checkpoint has shape {shapes}")
 
 
 def load_model(source: str, block_size: int | None = None) -> GPT:
@@ -997,9 +1001,11 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
     A block_size takes away the positions from there on; UserError if there are fewer.
     """
     if os.path.isfile(source):
-        model = load_checkpoint(Path(source))[0]
+        model = GPT.from_checkpoint(read_checkpoint(Path(source)))
+    elif found := newest_checkpoint(source):
+        model = GPT.from_checkpoint(found[1])
     else:
-        model = take_newest(source, lambda path: load_checkpoint(path)[0]) or GPT.from_pretrained(source)
+        model = GPT.from_pretrained(source)
     longest = model.config.block_size
     if block_size and block_size > longest:
         raise UserError(f"--block_size {block_size} is above the {longest} positions of {source}: take {longest}", 2)
@@ -1008,15 +1014,17 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
     return model
 
 
-def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig, config: TrainConfig) -> None:
+def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig | None, config: TrainConfig) -> None:
     """Raise UserError, naming the field, if the run that wrote the checkpoint had other settings where it matters."""
-    for now in (config, gpt_config):
+    for now in (config, gpt_config) if gpt_config else (config,):
         saved = checkpoint[type(now).__name__]
         for f in dataclasses.fields(now):
             was, value = saved.get(f.name, f.default), getattr(now, f.name)
             grows = f.name == "max_steps" and value > was
             idle = f.name == "batch_ramp_from" and not config.batch_ramp_steps
-            if value == was or not f.metadata["fixed"] or (grows and config.extend) or idle:
+            # Weights of --init_from bring a shape of their own, of which the user can choose the positions alone.
+            brought = now is gpt_config and config.init_from != "scratch" and f.name != "block_size"
+            if value == was or not f.metadata["fixed"] or (grows and config.extend) or idle or brought:
                 continue
             flag = f"--{f.name} {was}" if f.type is not bool else f"--{'' if was else 'no-'}{f.name}"
             mend = f"give {flag} to go on with it{', --extend to let it grow' if grows else ''}"
@@ -1185,7 +1193,9 @@ def train_step(
             f"checkpoint: go on from it in another --out_dir with --init_from {config.out_dir} and a lower --max_lr"
         )
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
+        # The rate that make_optimizer() gave a group is its own for good; its ratio to max_lr is kept.
+        own = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = learning_rate(step, config) * (own / config.max_lr)
     optimizer.step()
     return loss, norm
 
@@ -1207,48 +1217,27 @@ def which_tokens(config: TrainConfig, gpt_config: GPTConfig, world: World) -> li
 
 def start_or_resume(
     gpt_config: GPTConfig | None, config: TrainConfig, world: World
-) -> tuple[GPT, torch.optim.AdamW, int]:
+) -> tuple[GPT, torch.optim.Optimizer, int]:
     """Model, optimiser and step of the newest checkpoint in --out_dir, or of a new run if there is none.
 
     Weights of --init_from have a shape of their own, whose positions alone may be fewer; without a gpt_config, all are
     kept. A new run's mask is not set yet. Raises UserError if what is there does not fit the flags.
     """
-    pretrained = config.init_from != "scratch"
-
-    def resume(path: Path) -> tuple[GPT, torch.optim.AdamW, int]:
-        model, checkpoint = load_checkpoint(path)
-        block_size = (gpt_config or model.config).block_size
-        check_same_run(
-            checkpoint, dataclasses.replace(model.config, block_size=block_size) if pretrained else gpt_config, config
-        )
-        optimizer = make_optimizer(model.to(world.device), config)
-        with reading(path):
-            # Of the file only what has been learned: its settings could be any.
-            own = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": own})
-            for p in model.parameters():  # the fused kernel trusts what it is given
-                state = optimizer.state[p]
-                for key, shape in (("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())):
-                    if state[key].shape != shape:
-                        raise ValueError("the optimizer's state is of another shape than the model")
-                    state[key] = state[key].contiguous()
-                if not (p.isfinite().all() and state["exp_avg"].isfinite().all() and 0 <= state["step"] < math.inf):
-                    raise ValueError("it holds numbers that are not finite")
-                if not 0 <= state["exp_avg_sq"].min() <= state["exp_avg_sq"].max() < math.inf:
-                    raise ValueError("it holds squares that are none")
-        return model, optimizer, checkpoint["step"]
-
-    found = find_checkpoints(config.out_dir)
-    if not config.resume and (found or (Path(config.out_dir) / "log.jsonl").exists()):
+    if not config.resume and (find_checkpoints(config.out_dir) or (Path(config.out_dir) / "log.jsonl").exists()):
         raise UserError(f"--no-resume, and {config.out_dir} holds a run already: give another --out_dir", status=2)
-    if found:
-        return take_newest(config.out_dir, resume)
-    if pretrained:
-        model = load_model(config.init_from, gpt_config and gpt_config.block_size)
+    if found := newest_checkpoint(config.out_dir):
+        _, checkpoint = found
+        check_same_run(checkpoint, gpt_config, config)
+        model, step = GPT.from_checkpoint(checkpoint), checkpoint["step"]
+    elif config.init_from == "scratch":
+        model, step = GPT(gpt_config, config.seed), 0
     else:
-        model = GPT(gpt_config, config.seed)
+        model, step = load_model(config.init_from, gpt_config and gpt_config.block_size), 0
     model.to(world.device)
-    return model, make_optimizer(model, config), 0
+    optimizer = make_optimizer(model, config)
+    if found:
+        restore_optimizer(optimizer, checkpoint)
+    return model, optimizer, step
 
 
 def git_commit() -> str | None:
@@ -1397,9 +1386,10 @@ def chosen_model(gpt_config: GPTConfig | None, config: TrainConfig) -> tuple[GPT
     """The model of the newest checkpoint that can be read, or that of --init_from, and where it comes from."""
     if config.init_from != "scratch":
         return load_model(config.init_from, gpt_config and gpt_config.block_size), config.init_from
-    if not (taken := take_newest(config.out_dir, lambda path: (load_checkpoint(path)[0], str(path)))):
+    if not (found := newest_checkpoint(config.out_dir)):
         raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
-    return taken
+    path, checkpoint = found
+    return GPT.from_checkpoint(checkpoint), str(path)
 
 
 def sample(model: GPT, source: str, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:

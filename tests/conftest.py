@@ -222,7 +222,7 @@ def losses(out_dir) -> dict[int, float]:
 
 def newest(out_dir) -> dict:
     """The newest checkpoint of a run."""
-    return train_gpt2.load_checkpoint(train_gpt2.find_checkpoints(out_dir)[-1])[1]
+    return train_gpt2.read_checkpoint(train_gpt2.find_checkpoints(out_dir)[-1])
 
 
 def assert_same(a, b) -> None:

@@ -51,7 +51,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(shards):
         model = GPT(TINY)
         config = dataclasses.replace(ONE, micro_batch=micro_batch, grad_clip=1e9)
         # Plain SGD, because AdamW divides the gradient by its own size and would hide a wrong scale.
-        optimizer = torch.optim.SGD(model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.max_lr)
         loss, norm = train_step(model, optimizer, step_batches(1, data, config, 0, 1), 1, config, CPU)
         results.append((loss, norm, model.state_dict()))
     for loss, norm, weights in results[1:]:
@@ -63,7 +63,9 @@ def test_a_step_clips_the_gradient_sets_the_rate_and_gives_the_loss_before_it(sh
     batches = step_batches(1, Sequences(shards, "train", TINY), ONE, 0, 1)
     model = GPT(TINY)
     before, expected = {n: p.clone() for n, p in model.named_parameters()}, model(*batches[0])
-    optimizer = torch.optim.SGD(model.parameters(), lr=99)
+    optimizer = torch.optim.SGD(model.parameters(), lr=ONE.max_lr)
+    for group in optimizer.param_groups:
+        group.update(initial_lr=ONE.max_lr, lr=99)
     loss, norm = train_step(model, optimizer, batches, 1, ONE, CPU)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert norm > 0.01
@@ -77,7 +79,7 @@ def test_grad_clip_0_does_not_clip(shards):
     for clip in (0, 1e9):
         model = GPT(TINY)
         config = dataclasses.replace(ONE, grad_clip=clip)
-        train_step(model, torch.optim.SGD(model.parameters()), batches, 1, config, CPU)
+        train_step(model, torch.optim.SGD(model.parameters(), lr=config.max_lr), batches, 1, config, CPU)
         results.append(model.state_dict())
     assert_same(*results)
     assert not torch.equal(results[0]["lm_head.weight"], GPT(TINY).lm_head.weight)

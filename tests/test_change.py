@@ -1,0 +1,129 @@
+"""What people change in a training script keeps working: the optimiser, the position encoding, the rates."""
+
+import pytest
+import torch
+from conftest import CPU, TINY, assert_same, losses, newest, run_train, stop_after, tiny_flags
+
+import train_gpt2
+from train_gpt2 import GPT, Sequences, TrainConfig, learning_rate, step_batches, train_step
+
+
+def sgd(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=config.max_lr, momentum=0.9)
+
+
+class RotaryAttention(train_gpt2.CausalSelfAttention):
+    """Attention that turns queries and keys by their positions, as in RoPE; it asks nothing of the rest."""
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D)
+        T, D = x.shape[-2:]
+        angles = torch.arange(T)[:, None] / 100 ** (torch.arange(0, D, 2) / D)
+        real, imaginary = x[..., 0::2], x[..., 1::2]
+        turned = (real * angles.cos() - imaginary * angles.sin(), real * angles.sin() + imaginary * angles.cos())
+        return torch.stack(turned, dim=-1).flatten(-2)
+
+    def forward(self, x, mask=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
+        if cache is not None:  # keys wait in it unturned
+            cache[0, :, :, -T:], cache[1, :, :, -T:] = k, v
+            k, v = cache
+        q = self.rotate(torch.nn.functional.pad(q, (0, 0, k.size(2) - T, 0)))[:, :, -T:]
+        y = torch.nn.functional.scaled_dot_product_attention(q, self.rotate(k), v, attn_mask=mask, is_causal=T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class RotaryGPT(GPT):
+    """A GPT without learned positions."""
+
+    def __init__(self, config, seed=0):
+        super().__init__(config, seed)
+        del self.transformer.wpe
+
+    def hidden(self, tokens, positions=None, mask=None, cache=None):
+        x = self.transformer.wte(tokens)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, mask, None if cache is None else cache[i])
+        return self.transformer.ln_f(x)
+
+
+def assert_resumes_bitwise(shards, tmp_path) -> None:
+    """A run that is stopped after step 3 and started again ends as one that was not."""
+    unbroken, stopped = (tiny_flags(shards, tmp_path / name, save_every=1) for name in ("unbroken", "stopped"))
+    assert run_train(unbroken) == 0
+    stop_after(3, stopped)
+    assert run_train(stopped) == 0
+    for key in ("model", "optimizer", "step"):
+        assert_same(newest(tmp_path / "stopped")[key], newest(tmp_path / "unbroken")[key])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+
+
+def test_another_optimizer_trains_stops_and_resumes_bitwise(shards, tmp_path, monkeypatch):
+    assert run_train(tiny_flags(shards, tmp_path / "adamw")) == 0
+    monkeypatch.setattr(train_gpt2, "make_optimizer", sgd)
+    assert_resumes_bitwise(shards, tmp_path)
+    assert losses(tmp_path / "unbroken") != losses(tmp_path / "adamw")
+    assert newest(tmp_path / "unbroken")["optimizer"]["state"][0].keys() == {"momentum_buffer"}
+
+
+def test_an_optimizer_whose_state_is_of_another_shape_than_its_weight_resumes_bitwise(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train_gpt2, "make_optimizer", lambda model, config: torch.optim.Adafactor(model.parameters(), lr=config.max_lr)
+    )
+    assert_resumes_bitwise(shards, tmp_path)
+
+
+def test_another_position_encoding_trains_resumes_and_samples(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt2, "CausalSelfAttention", RotaryAttention)
+    monkeypatch.setattr(train_gpt2, "GPT", RotaryGPT)
+    assert_resumes_bitwise(shards, tmp_path)
+    assert "transformer.wpe.weight" not in newest(tmp_path / "unbroken")["model"]
+    capsys.readouterr()
+    argv = ["--sample", "--out_dir", tmp_path / "unbroken", "--device", "cpu", "--prompt", "!", "--temperature", 0]
+    assert run_train([*argv, "--max_length", 12, "--num_samples", 1]) == 0
+    text = capsys.readouterr().out
+    model = train_gpt2.load_model(str(tmp_path / "unbroken"))
+    expected = [0]  # "!"
+    while len(expected) < 12:
+        expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
+    assert text == train_gpt2.tokenizer().decode(expected) + "\n"
+
+
+def test_an_error_in_the_models_code_on_resume_is_a_traceback_and_no_checkpoint_is_passed_over(
+    shards, tmp_path, monkeypatch, capsys
+):
+    class Typo(GPT):
+        def __init__(self, config, seed=0):
+            super().__init__(config, seed)
+            self.transformer.wte.wieght  # noqa: B018
+
+    flags = tiny_flags(shards, tmp_path / "log")
+    assert run_train(flags) == 0
+    before = {path: path.read_bytes() for path in train_gpt2.find_checkpoints(tmp_path / "log")}
+    capsys.readouterr()
+    monkeypatch.setattr(train_gpt2, "GPT", Typo)
+    for argv in (flags, ["--sample", "--out_dir", tmp_path / "log"]):
+        with pytest.raises(AttributeError, match="wieght"):
+            run_train(argv)
+    monkeypatch.setattr(train_gpt2, "GPT", RotaryGPT)  # nor are weights that another model had
+    with pytest.raises(RuntimeError, match="wpe"):
+        run_train(flags)
+    assert capsys.readouterr().err == ""
+    assert {path: path.read_bytes() for path in train_gpt2.find_checkpoints(tmp_path / "log")} == before
+
+
+def test_two_groups_with_rates_of_their_own_keep_their_ratio_through_the_schedule(shards, tmp_path, monkeypatch):
+    def two_rates(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+        head, *rest = model.parameters()
+        return torch.optim.SGD([{"params": [head], "lr": 4 * config.max_lr}, {"params": rest}], lr=config.max_lr)
+
+    model, config = GPT(TINY), TrainConfig(batch_tokens=128, micro_batch=8, max_steps=6, warmup_steps=2)
+    optimizer, data = two_rates(model, config), Sequences(shards, "train", TINY)
+    for step in range(1, 7):
+        train_step(model, optimizer, step_batches(step, data, config, 0, 1), step, config, CPU)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([4 * learning_rate(step, config), learning_rate(step, config)], rel=1e-12)
+    monkeypatch.setattr(train_gpt2, "make_optimizer", two_rates)
+    assert_resumes_bitwise(shards, tmp_path)
+    saved = newest(tmp_path / "stopped")["optimizer"]["param_groups"]
+    assert saved[0]["lr"] == pytest.approx(4 * saved[1]["lr"])
