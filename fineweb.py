@@ -11,13 +11,8 @@ parquet and JSON lines a document is the field "text" of a row; a .txt file is o
 the shards were made from and what is in them. The same command again goes on after the last shard.
 """
 
-import argparse
 import ast
-import binascii
 import dataclasses
-import difflib
-import errno
-import fcntl
 import gzip
 import hashlib
 import json
@@ -28,219 +23,41 @@ import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
-import traceback
 import warnings
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import BinaryIO, NoReturn
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
-# Published by tiktoken, in openai_public.py.
-RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-END_OF_TEXT = 50256
-N_VOCAB = 50257  # byte-pair ranks 0..50255, then <|endoftext|>
+from support.cli import Parser, UserError, exit_status, one_line
+from support.files import DAMAGE, prefetch, read_plain, whole_file, whole_folder
+from support.tokens import (
+    END_OF_TEXT,
+    N_VOCAB,
+    RANKS_SHA256,
+    encode_document,
+    open_shard,
+    tokenizer,
+)
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 SAMPLED = (FINEWEB_EDU, "HuggingFaceFW/fineweb")  # which have a folder sample/10BT
 DEMO_DIR = "demo_data"
-# What reading a damaged file may raise.
-DAMAGE = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, RuntimeError,
-          MemoryError, zlib.error)  # fmt: skip
 AGAIN = "complete shards are kept, and the same command again goes on after them"
-
-# ---------------------------------------------------------------- shared by the three scripts
-
-
-class UserError(Exception):
-    """Something the user can mend: its text is the one line they get to see, `status` what the program exits with."""
-
-    def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
-        self.status = status
-
-
-class Parser(argparse.ArgumentParser):
-    """Command lines without abbreviations, whose errors are a UserError of status 2."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)", status=2)
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        for name, value in vars(parsed).items():
-            if value == []:  # what argparse makes of it
-                self.error(f"--{name}=-- is not a value")
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ''}")
-        return parsed
-
-
-def exit_status(main: Callable[[], None], program: str) -> int:
-    """Run main() and return the exit status, after one line on stderr if the user has to mend something."""
-    try:
-        main()
-        return 0
-    except UserError as error:
-        message, status = str(error), error.status
-    except OSError as error:
-        message, status = one_line(error), 1
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        program += f" [rank {os.environ.get('RANK')}]"
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
-    return status
-
-
-def run_script(main: Callable[[], None], program: str) -> NoReturn:
-    """End the process with the exit_status() of main()."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        sys.exit(exit_status(main, program))
-    try:
-        status = exit_status(main, program)
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    # Threads of torch.distributed can outlive the interpreter: they would abort a process that has done its work, or
-    # keep one that failed waiting for the other ranks.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters; of one from the system, the file and the cause."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def warn(message: str) -> None:
-    """Print a warning, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def read_plain(path: Path) -> bytes:
-    """The content of a file; UserError if it is something else, a pipe say, which one would wait for."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a plain file: remove it")
-    return path.read_bytes()
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write that appears at `path` complete or not at all.
-
-    It is written as PATH.tmp in the same folder, flushed to the disk, then renamed. An exception inside leaves what
-    stood at `path` as it was.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a killed run's, or a link to anywhere
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:
-            error.filename = str(path)  # which a failed write() doesn't tell
-        raise
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at `path` complete or not at all; OSError if something stands there already."""
-    temporary = path.with_name(f".{path.name}.unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parent = os.open(path.parent, os.O_RDONLY)
-    with suppress(OSError):  # not every file system has locks
-        fcntl.flock(parent, fcntl.LOCK_EX)  # two that fill a folder here take turns; it ends with the process
-    try:
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "already there", str(path))
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed run's
-        temporary.mkdir()
-        yield temporary
-        for file_path in temporary.iterdir():
-            with open(file_path, "rb") as file:
-                os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(parent)
-
-
-def background(function: Callable, *args) -> Future:
-    """Start function(*args) in a daemon thread, so that the program can end before it does."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def prefetch(function: Callable, arguments: Iterable, ahead: int = 3, start: Callable = background) -> Iterator:
-    """Yield function(a) for each argument in turn, while the next few, begun by start(function, a), are computed."""
-    arguments = iter(arguments)
-    pending = deque(start(function, a) for a in islice(arguments, ahead))
-    while pending:
-        result = pending.popleft().result()
-        pending.extend(start(function, a) for a in islice(arguments, 1))
-        yield result
 
 
 # ---------------------------------------------------------------- tokens
 
-# GPT-2's pattern, with one pair of parentheses more than tiktoken's. What they hold needs no backtracking; as one group
-# it goes to the fast path of the regular expressions, and encoding is 1.5 times as fast (benchmarks/tokenize.py).
-PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s means there
-LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")  # no token reaches across this place
 BATCH_CHARACTERS = 1_000_000  # what a worker gets at once: some 30 ms of work
 
 Batch = tuple[list[int], float, list[str]]  # file and row of the first text, fraction of the dataset read, the texts
-
-
-@cache
-def tokenizer() -> tiktoken.Encoding:
-    """The GPT-2 encoding, built from assets/gpt2.tiktoken; raises UserError if that file is missing or altered."""
-    content = RANKS_FILE.read_bytes() if RANKS_FILE.exists() else b""
-    if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
-        raise UserError(f"{RANKS_FILE} is missing, or its SHA-256 is not {RANKS_SHA256}: restore the repository's")
-    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
-    special = {"<|endoftext|>": END_OF_TEXT}
-    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def fast_tokenizer(**kwargs):
@@ -262,17 +79,6 @@ def fast_tokenizer(**kwargs):
             merges.append((names[parts[0]], names[parts[1]]))
     vocabulary = {names[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": END_OF_TEXT}
     return GPT2Tokenizer(vocab=vocabulary, merges=merges, **kwargs)
-
-
-def encode_document(text: str) -> np.ndarray:
-    """<|endoftext|> and the tokens of `text` as uint16; what looks like a special token in it is ordinary text."""
-    encode = partial(tokenizer().encode_to_numpy, disallowed_special=())
-    try:
-        parts = [encode(text)]
-    except ValueError:  # lone surrogates, or a run of a million spaces, too deep for the regular expression
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        parts = map(encode, LAST_SPACE.split(text))
-    return np.concatenate([[END_OF_TEXT], *parts], dtype=np.uint16, casting="unsafe")
 
 
 def encode_batch(batch: Batch) -> tuple[list[int], float, np.ndarray]:
@@ -302,58 +108,6 @@ def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
 # ---------------------------------------------------------------- shards and their manifest
 
 SHARD = re.compile(r"[\w.-]*_(train|val)_\d+\.(npy|bin)", re.ASCII)
-
-
-def open_shard(path: Path) -> np.ndarray:
-    """A .npy shard, or a .bin shard as llm.c writes it, as a 1-D uint16 memory map; UserError if it is none, or cut."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
-        if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            # llm.c dev/data/data_common.py: 256 int32, of which magic, version, number of tokens; then the tokens.
-            header = np.fromfile(path, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise ValueError("no header of a version 1 token file")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
-        if not isinstance(tokens, np.memmap) or tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError("it is not a row of uint16")
-        if (size := path.stat().st_size) != tokens.offset + tokens.nbytes:
-            raise ValueError(f"its header promises {len(tokens)} tokens, its size is {size} bytes")
-    except Exception as error:  # NumPy's parser of headers has those of Python's own
-        raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
-    return tokens
-
-
-class Shard:
-    """A shard to read from for days, one of any number: it is open only while it is read.
-
-    Unlike a memory map's, its reader outlives a file that is cut short meanwhile.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.state = path, self.identity(path)
-        tokens = open_shard(path)
-        self.length, self.offset = len(tokens), tokens.offset
-
-    def __len__(self) -> int:
-        return self.length
-
-    @staticmethod
-    def identity(file: int | Path) -> tuple:
-        """What tells a file from another, and from itself once it is written to."""
-        found = os.stat(file)
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens from `start` on, (count,) uint16; UserError if the file at the path is not what it was at first."""
-        with suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), 2 * count, self.offset + 2 * start)
-            if self.identity(file.fileno()) == self.state:
-                return np.frombuffer(content, dtype="<u2")
-        mend = "put it back as it was, and the same command goes on from the newest checkpoint"
-        raise UserError(f"{self.path} was removed, replaced or changed during training: {mend}")
 
 
 def pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:

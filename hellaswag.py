@@ -30,10 +30,13 @@ import torch
 from torch import Tensor
 
 import fineweb
-from fineweb import UserError, encode_document, one_line
+from support.cli import Parser, UserError, one_line, run_script
+from support.files import DAMAGE, whole_file
+from support.tokens import END_OF_TEXT, encode_document
+from support.world import World, join_world
 
 if TYPE_CHECKING:
-    from train_gpt2 import GPT, GPTConfig, World
+    from train_gpt2 import GPT, GPTConfig
 
 DATASET = "Rowan/hellaswag"
 FILE = "data/validation-00000-of-00001.parquet"
@@ -106,7 +109,7 @@ def make_example(row: int, record: dict, style: str) -> Example:
     kept = context.rstrip() if style == "harness" else context
     tokens = [encode_document(text) for text in (kept, *(f"{context[len(kept) :]} {e}" for e in endings))]
     context_ids, *ending_ids = (ids[1:].tolist() for ids in tokens)  # without the <|endoftext|> before a document
-    return Example(row, context_ids or [fineweb.END_OF_TEXT], ending_ids, [*map(len, endings)], int(record["label"]))
+    return Example(row, context_ids or [END_OF_TEXT], ending_ids, [*map(len, endings)], int(record["label"]))
 
 
 def read_examples(source: str, style: str, limit: int | None = None) -> list[Example]:
@@ -123,7 +126,7 @@ def read_examples(source: str, style: str, limit: int | None = None) -> list[Exa
                 check(record, style)
                 examples.append(make_example(row, record, style))
             row += 1
-    except fineweb.DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"cannot read {path}, row {row} (counted from 0): {one_line(error)}: mend the file") from None
     if not examples:
         raise UserError(f"{path} holds no examples")
@@ -248,9 +251,9 @@ def evaluate(model: "GPT", data: HellaSwag, world: "World", progress: bool = Fal
 
 
 def main(argv: list[str] | None = None) -> None:
-    from train_gpt2 import TrainConfig, join_world, load_model
+    from train_gpt2 import TrainConfig, load_model
 
-    parser = fineweb.Parser(prog="hellaswag.py", description=__doc__)
+    parser = Parser(prog="hellaswag.py", description=__doc__)
     for name, kind, default, text in [
         ("model", str, "gpt2", "gpt2[-medium, -large, -xl], a folder saved by transformers, a checkpoint of "
          "train_gpt2.py or the folder of its checkpoints (default: gpt2)"),
@@ -287,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         print(json.dumps({"model": args.model} | data.summary(scores) | {"seconds": round(seconds, 2)}), flush=True)
         if each:
-            with fineweb.whole_file(each) as file:
+            with whole_file(each) as file:
                 for example, *both in zip(examples, scores, data.normalized(scores), strict=True):
                     entry = {"row": example.row, "label": example.label}
                     for name, values in zip(("", "_norm"), both, strict=True):
@@ -298,4 +301,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    fineweb.run_script(main, "hellaswag.py")
+    run_script(main, "hellaswag.py")

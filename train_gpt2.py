@@ -14,71 +14,40 @@ Shapes in comments: B batch, T time (positions), C channels (n_embd), H heads, D
 
 import argparse
 import dataclasses
-import fcntl
 import gc
-import json
 import math
 import os
 import re
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import threading
 import time
-import warnings
-import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
 import hellaswag
-from fineweb import END_OF_TEXT, N_VOCAB, UserError, one_line, tokenizer, whole_file
+from support import checkpoint, cpu
+from support.cli import Config, Parser, UserError, one_line, option, run_script, warn
+from support.files import prefetch, whole_folder
+from support.log import Log, check_same_data, draw_curves, git_commit, read_log
+from support.tokens import END_OF_TEXT, N_VOCAB, Shard, tokenizer
+from support.world import World, join_world, peak_flops, stop_requests
 
 # ---------------------------------------------------------------- configuration
-
-
-def option(default, help: str, minimum=None, choices=None, fixed: bool = False):
-    """A config field with its command-line help and its bounds; a `fixed` one stays the same when a run resumes."""
-    return field(default=default, metadata={"help": help, "minimum": minimum, "choices": choices, "fixed": fixed})
-
-
-class Config:
-    """A group of flags: checks each field against its bounds; what is wrong raises ValueError in one line."""
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, minimum, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{f.name} {value} must be a finite number")
-            if isinstance(value, int) and value >= 2**32:
-                raise ValueError(f"--{f.name} {value} must be below 2**32")
-            if minimum is not None and value < minimum:
-                raise ValueError(f"--{f.name} {value} must be at least {minimum}")
-            if choices and value not in choices:
-                raise ValueError(f"--{f.name} {value} must be one of {', '.join(choices)}")
-        self.check()
-
-    def check(self):
-        """Check what involves several fields."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +152,9 @@ DEMO = {
 }  # fmt: skip
 
 
-def command_line() -> fineweb.Parser:
+def command_line() -> Parser:
     """The parser made from the fields of the configs; a flag that is not given is absent from its result."""
-    parser = fineweb.Parser(
+    parser = Parser(
         prog="train_gpt2.py",
         description=__doc__,
         epilog="A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks, "
@@ -206,94 +175,12 @@ def command_line() -> fineweb.Parser:
 # ---------------------------------------------------------------- model
 
 
-@lru_cache(maxsize=1)
-@torch.inference_mode(False)
-def scratch(rows: int, columns: int, thread: int) -> Tensor:
-    """Memory for a thread to compute in, the same every time: fresh pages would cost HeadLoss 8% of its time."""
-    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight[:n].T against targets, a few rows at a time.
-
-    x (N, C) and weight (V, C) float32, n <= V, targets (N,) int64; gives a float32 scalar. The gradient is formed on
-    the way, in one buffer that is used again, and the (N, V) logits never exist as a whole.
-    """
-
-    ROWS = 256
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, n: int, targets: Tensor) -> Tensor:
-        N, with_gradient = len(x), any(ctx.needs_input_grad)
-        loss, dx = x.new_zeros(()), torch.zeros_like(x)
-        weight, whole = weight[:n], torch.zeros_like(weight) if with_gradient else weight
-        dweight = whole[:n]
-        # Rows that begin at multiples of 256 bytes: products are a quarter faster than with 50257 columns.
-        buffer = scratch(min(N, HeadLoss.ROWS), math.ceil(n / 64) * 64, threading.get_ident())
-        for x_rows, dx_rows, target in zip(*(z.split(HeadLoss.ROWS) for z in (x, dx, targets)), strict=True):
-            # In powers of two, whose kernel is more than twice as fast as exp().
-            logits = torch.mm(x_rows / math.log(2), weight.T, out=buffer[: len(target), :n])
-            wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
-            exps = logits.sub_(largest).exp2_()  # of the softmax, before it is divided by their sum
-            total = exps.sum(1, keepdim=True)
-            loss += (total.log2() + largest - wanted).sum() * math.log(2)
-            if with_gradient:
-                torch.mm(exps, weight, out=dx_rows).div_(total).sub_(weight[target])
-                dweight.addmm_(exps.T, x_rows / total)
-        if with_gradient:
-            dweight.index_add_(0, targets, x, alpha=-1)
-            ctx.save_for_backward(dx.div_(N), whole.div_(N))
-        return loss / N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        dx, dweight = ctx.saved_tensors
-        return dx.mul_(grad), dweight.mul_(grad), None, None  # in place, as a second gradient of the head is large
-
-
-def by_hand(x: Tensor) -> bool:
-    """Whether what is written by hand for eager float32 on a CPU applies to x."""
-    eager = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    return eager and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight.T + bias, for x (..., in), weight (out, in) and bias (out,); gives (..., out)."""
-    rows = x.numel() // x.size(-1)
-    if 1 < rows <= 4 and by_hand(x):
-        # A few samples, one token each: MKL is up to three times as fast with the weights on the left.
-        return (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1) + bias
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x), weight, bias) that keeps only x: gelu(x) is made again, for a quarter less memory in a block."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return linear(F.gelu(x, approximate="tanh"), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        dweight = rows.T @ F.gelu(x, approximate="tanh").flatten(0, -2)
-        return torch.ops.aten.gelu_backward(grad @ weight, x, approximate="tanh"), dweight, rows.sum(0)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = cpu.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = cpu.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
@@ -309,13 +196,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = cpu.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = cpu.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, 4 C)
-        if by_hand(x):
-            return GeluLinear.apply(x, self.c_proj.weight, self.c_proj.bias)
+        if cpu.by_hand(x):
+            return cpu.GeluLinear.apply(x, self.c_proj.weight, self.c_proj.bias)
         return self.c_proj(F.gelu(x, approximate="tanh"))
 
 
@@ -420,20 +307,20 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C); minus infinity for tokens that are not allowed."""
-        return linear(hidden, self.lm_head.weight, self.token_bias)
+        return cpu.linear(hidden, self.lm_head.weight, self.token_bias)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the targets (B, T) after hidden states (B, T, C)."""
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if by_hand(hidden):
+        if cpu.by_hand(hidden):
             ids = self.token_ids
             if len(ids) == self.config.n_vocab:
-                # Within HeadLoss, gradients look wanted even where they are switched off.
+                # Within cpu.HeadLoss, gradients look wanted even where they are switched off.
                 weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
-                return HeadLoss.apply(hidden, weight, len(ids), targets)
+                return cpu.HeadLoss.apply(hidden, weight, len(ids), targets)
             # A smaller head: the rows of these tokens alone, among which a target stands somewhere else.
             rows = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
-            loss = HeadLoss.apply(hidden, self.lm_head.weight.index_select(0, ids), len(ids), rows)
+            loss = cpu.HeadLoss.apply(hidden, self.lm_head.weight.index_select(0, ids), len(ids), rows)
             return torch.where((ids[rows] == targets).all(), loss, math.inf)
         chunks = zip(hidden.split(self.ROWS), targets.split(self.ROWS), strict=True)
         return sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in chunks) / len(targets)
@@ -444,12 +331,12 @@ class GPT(nn.Module):
         return self.logits(hidden) if targets is None else self.loss(hidden, targets)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "GPT":
-        """The model of a checkpoint that read_checkpoint() gave."""
-        model = cls(GPTConfig(**checkpoint["GPTConfig"]), seed=None)
-        model.load_state_dict(checkpoint["model"])
-        if checkpoint["TrainConfig"].get("mask_unseen"):
-            model.allow(checkpoint["token_ids"])
+    def from_checkpoint(cls, state: dict[str, Any]) -> "GPT":
+        """The model of a checkpoint that checkpoint.read() gave."""
+        model = cls(GPTConfig(**state["GPTConfig"]), seed=None)
+        model.load_state_dict(state["model"])
+        if state["TrainConfig"].get("mask_unseen"):
+            model.allow(state["token_ids"])
         return model
 
     @classmethod
@@ -546,7 +433,7 @@ class Sequences:
         self.known = np.zeros(2**16, dtype=bool)
         self.known[range(config.n_vocab) if token_ids is None else token_ids] = True
         self.paths = find_shards(data_dir, split)
-        self.shards = [fineweb.Shard(path) for path in self.paths]
+        self.shards = [Shard(path) for path in self.paths]
         self.n_tokens = sum(len(shard) for shard in self.shards)
         # ends[s] is how many sequences the shards up to and with s hold.
         self.ends = np.cumsum([max(0, len(shard) - 1) // config.block_size for shard in self.shards])
@@ -672,164 +559,12 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
-# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; the names are matched as whole words.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "B200": 2250,
-    "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125,
-    "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of a known GPU in FLOP/s, None for any other device and for float32."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    if re.search(r"\b(Ti|D|Laptop|MIG)\b", name):  # part of a GPU, or a lesser one
-        return None
-    return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
-
-
 def flops_per_token(c: GPTConfig) -> int:
     """6 N + 12 L C T as in PaLM (arXiv:2204.02311, appendix B), N without the positions, which multiply nothing."""
     return 6 * (c.parameters - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 # ---------------------------------------------------------------- distributed
-
-
-@dataclass(frozen=True)
-class World:
-    """Who this process is among those of the run, and the device it computes on."""
-
-    rank: int
-    size: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def move(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device; on CUDA without waiting for the copy."""
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The average of a tensor over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(value)
-            value /= self.size
-        return value
-
-    def sum(self, *values: float) -> list[float]:
-        """Each number added up over all ranks, in float64."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def say(self, text: str) -> None:
-        """Print a line, once for all ranks."""
-        if self.is_main:
-            print(text, flush=True)
-
-
-def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
-    """The device that --device names, for this process among those on the machine; UserError if it isn't there."""
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available() and local_size == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: take auto, cuda, cuda:1 (for example), mps or cpu", status=2)
-    device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available here, take --device cpu")
-    if device.type == "cuda":
-        found, index = torch.cuda.device_count(), local_rank if local_size > 1 else device.index or 0
-        if max(index + 1, local_size) > found:
-            wanted = f"--device {name} for {local_size} processes: this machine has {found} CUDA devices"
-            raise UserError(f"{wanted}, take fewer processes or --device cpu")
-        device = torch.device("cuda", index)
-    return device
-
-
-@contextmanager
-def join_world(config: TrainConfig) -> Iterator[World]:
-    """This process's World: alone, or one of those that torchrun started, joined through torch.distributed."""
-    variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in variables)
-    device, dtype = pick_device(config.device, local_rank, local_size), config.dtype
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
-    if dtype == "auto":
-        dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    world = World(rank, size, device, getattr(torch, dtype))
-    if size == 1:
-        yield world
-        return
-    store = None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        # github.com/pytorch/pytorch/issues/135712: ranks would look for each other where the ones before them were,
-        # but for a prefix on which they agree. Several agents don't: each counts its own restarts.
-        if local_size < size:
-            mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
-            raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {mend}")
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "nccl" if on_cuda else "gloo"
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the other ranks ({one_line(error)}): start them with torchrun") from None
-    try:
-        yield world
-    except RuntimeError as error:
-        gone = "gloo/|NCCL|[Cc]onnection (closed|reset|refused)"
-        if not isinstance(error, dist.DistError) and not re.search(gone, str(error)):
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than the line that says why
-        mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
-        raise UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})") from None
-    # After an error the others may sit in a collective that this rank will never join, and NCCL would wait for them.
-    dist.destroy_process_group()
-
-
-@contextmanager
-def stop_requests(requests: list[float]) -> Iterator[None]:
-    """Put the time of a first SIGTERM or SIGINT into a list, to be looked at; let the next one end the process at once.
-
-    What comes within a second is the same request, passed on by torchrun or Slurm as well. A thread listens, as Python
-    calls a handler only after the operation at work, which can take seconds, or wait for a rank that hangs.
-    """
-    ear, mouth = socket.socketpair()
-    mouth.setblocking(False)
-
-    def listen() -> None:
-        while heard := ear.recv(1):
-            if heard[0] in before:
-                if requests and time.monotonic() - requests[0] > 1:
-                    os._exit(128 + heard[0])
-                requests.append(time.monotonic())
-
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.set_wakeup_fd(mouth.fileno())
-    threading.Thread(target=listen, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        mouth.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- evaluation and sampling
@@ -907,102 +642,14 @@ def sample_texts(model: GPT, config: SampleConfig, seed: int, world: World) -> l
 # ---------------------------------------------------------------- checkpoints and the log
 
 
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem[5:])
-
-
-def find_checkpoints(out_dir: str) -> list[Path]:
-    """The checkpoints of a run, oldest first; OSError if the folder is there and can't be read."""
-    try:
-        names = os.listdir(out_dir)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted((Path(out_dir, name) for name in names if re.fullmatch(r"ckpt_\d+\.pt", name)), key=step_of)
-
-
-def save_checkpoint(model: GPT, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> Path:
-    """Write ckpt_STEP.pt, whole or not at all, then drop those before it but one and --keep_every's; gives its path."""
-    path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"step {step}: the weights are not finite, so they are not saved: take a lower --max_lr")
-    with whole_file(path) as file:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        state |= {"GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}
-        if config.mask_unseen:
-            state["token_ids"] = model.token_ids.tolist()
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's writer hides the reason, a full disk say, in the context
-            raise UserError(f"cannot write {path}: {one_line(error.__context__ or error)}") from None
-    # Later ones, which are damaged as the run began before them, don't count.
-    for old in [path for path in find_checkpoints(config.out_dir) if step_of(path) <= step][:-2]:
-        if not config.keep_every or step_of(old) % config.keep_every:
-            old.unlink()
-    return path
-
-
-class DamagedError(UserError):
-    """A checkpoint file that is damaged: its archive, its checksums or its pickle stream can't be read."""
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint as it was saved, its tensors on the CPU; no code in the file is run.
-
-    Raises DamagedError for a file that can't be read, UserError for one that this script didn't write.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path) as archive:
-            if part := archive.testzip():  # compares the checksums, which torch.load() doesn't
-                raise ValueError(f"{part} in it is damaged")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, PermissionError, FileNotFoundError):
-        raise
-    except Exception as error:  # a damaged pickle stream raises any of a dozen kinds
-        # torch's own words for a file that holds code are an advice to run it.
-        holds_code = isinstance(error, UnpicklingError | zipfile.BadZipFile)
-        why = "no checkpoint, or one that holds code" if holds_code else one_line(error)
-        raise DamagedError(f"cannot read checkpoint {path} ({why}): restore it or move it away") from None
-    if not isinstance(checkpoint, dict) or "GPTConfig" not in checkpoint:
-        raise UserError(f"cannot read checkpoint {path}: train_gpt2.py didn't write it, as it has no GPTConfig")
-    return checkpoint
-
-
-def newest_checkpoint(out_dir: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run that is not damaged, and where it lies; None if there is none at all."""
-    found = find_checkpoints(out_dir)
-    for path in reversed(found):
-        try:
-            return path, read_checkpoint(path)
-        except DamagedError as error:
-            if path == found[0]:
-                raise
-            fineweb.warn(f"{error}; taking the one before it")
-    return None
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:
-    """Load what an optimizer had learned; its settings stay those of the command line."""
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": settings})
-    for group in optimizer.param_groups:
-        if not group.get("fused"):
-            continue
-        for p in group["params"]:  # a fused kernel trusts the shapes that it is given
-            for name, value in optimizer.state[p].items():
-                if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
-                    shapes = f"{tuple(value.shape)} for a weight of shape {tuple(p.shape)}"
-                    raise ValueError(f"the optimizer's {name} in the checkpoint has shape {shapes}")
-
-
 def load_model(source: str, block_size: int | None = None) -> GPT:
     """The model of a checkpoint, of the newest one in a folder, or what GPT.from_pretrained() takes.
 
     A block_size takes away the positions from there on; UserError if there are fewer.
     """
     if os.path.isfile(source):
-        model = GPT.from_checkpoint(read_checkpoint(Path(source)))
-    elif found := newest_checkpoint(source):
+        model = GPT.from_checkpoint(checkpoint.read(Path(source)))
+    elif found := checkpoint.newest(source):
         model = GPT.from_checkpoint(found[1])
     else:
         model = GPT.from_pretrained(source)
@@ -1012,141 +659,6 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
     if block_size:
         model.crop(block_size)
     return model
-
-
-def check_same_run(checkpoint: dict[str, Any], gpt_config: GPTConfig | None, config: TrainConfig) -> None:
-    """Raise UserError, naming the field, if the run that wrote the checkpoint had other settings where it matters."""
-    for now in (config, gpt_config) if gpt_config else (config,):
-        saved = checkpoint[type(now).__name__]
-        for f in dataclasses.fields(now):
-            was, value = saved.get(f.name, f.default), getattr(now, f.name)
-            grows = f.name == "max_steps" and value > was
-            idle = f.name == "batch_ramp_from" and not config.batch_ramp_steps
-            # Weights of --init_from bring a shape of their own, of which the user can choose the positions alone.
-            brought = now is gpt_config and config.init_from != "scratch" and f.name != "block_size"
-            if value == was or not f.metadata["fixed"] or (grows and config.extend) or idle or brought:
-                continue
-            flag = f"--{f.name} {was}" if f.type is not bool else f"--{'' if was else 'no-'}{f.name}"
-            mend = f"give {flag} to go on with it{', --extend to let it grow' if grows else ''}"
-            found = f"--{f.name} is {value}, but {was} in the run in {config.out_dir}"
-            raise UserError(f"{found}: {mend}, or another --out_dir", status=2)
-
-
-class Log:
-    """log.jsonl: one JSON object a line, appended by the first rank as things happen.
-
-    It is locked for as long as this object lives; UserError if another process has locked it.
-    """
-
-    def __init__(self, path: Path, world: World):
-        self.path, self.enabled = path, world.is_main
-        if not self.enabled:
-            return
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise UserError(f"{path} is no plain file: remove it, or give another --out_dir")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
-        several_machines = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-        for seconds_left in range(120 if several_machines else 0, -1, -1):  # a lost machine's lock may outlive it
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not seconds_left:
-                    mend = "wait for its end, or give another --out_dir"
-                    raise UserError(f"another run is at work in {path.parent}: {mend}") from None
-                time.sleep(1)
-            except OSError:  # not every file system has locks
-                break
-        # A run that was killed may have left half a line.
-        if self.file.tell() and (self.file.seek(-1, os.SEEK_END), self.file.read(1))[1] != b"\n":
-            self.file.write(b"\n")
-
-    def write(self, event: str, step: int, **values) -> None:
-        if self.enabled:
-            line = json.dumps({"event": event, "step": step} | values) + "\n"
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(line)
-            except OSError as error:
-                error.filename = str(self.path)  # which a failed write doesn't tell
-                raise
-
-
-def read_log(path: Path) -> dict[str, dict[int, dict]]:
-    """The lines of a log by event and step, the last of each; lines that are not whole are passed over.
-
-    A run that starts at some step takes the place of what was logged beyond it.
-    """
-    events: dict[str, dict[int, dict]] = {}
-    # Each key once in memory, not once a line.
-    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: {sys.intern(key): value for key, value in pairs})
-    for line in fineweb.read_plain(path).decode(errors="replace").splitlines():
-        try:
-            entry = decoder.decode(line)
-            event, step = str(entry["event"]), int(entry["step"])
-        except fineweb.DAMAGE:
-            continue
-        if event == "start":
-            events = {name: {s: e for s, e in old.items() if s <= step} for name, old in events.items()}
-        events.setdefault(event, {})[step] = entry
-    return events
-
-
-def check_same_data(log_path: Path, data: Sequences, config: TrainConfig) -> None:
-    """Raise UserError if the run of this log read other shards: then its order of sequences would not be this one."""
-    starts = read_log(log_path).get("start") if log_path.exists() else None
-    before = starts[max(starts)].get("train_tokens") if starts else None
-    if before not in (None, data.n_tokens):
-        found = f"{config.data_dir} has {data.n_tokens} train tokens, but had {before} when this run began"
-        raise UserError(f"{found}: restore those shards, or give another --out_dir")
-
-
-def draw_curves(log_path: Path, picture: Path) -> None:
-    """Draw the losses against tokens, and HellaSwag below them once it has been measured, as a PNG."""
-    from matplotlib.figure import Figure
-
-    events = read_log(log_path)
-    start = list(events["start"].values())[-1]
-    config = TrainConfig(**{f.name: start[f.name] for f in dataclasses.fields(TrainConfig) if f.name in start})
-    panels = 2 if "hellaswag" in events else 1
-    figure = Figure(figsize=(9, 2 + 3.5 * panels), dpi=130, layout="constrained")
-    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-
-    def curve(axis, event: str, key: str, label: str, **style) -> None:
-        if entries := events.get(event):
-            x, y = [tokens_before(step + 1, config) for step in entries], [e[key] for e in entries.values()]
-            axis.plot(x, y, label=label.format(y[-1]), **style)
-
-    def reference(axis, value: float, text: str) -> None:
-        axis.axhline(value, color="0.4", linewidth=1, linestyle="--")
-        axis.annotate(text, (1, value), (-4, 3), ("axes fraction", "data"), "offset points", ha="right", color="0.4")
-
-    dots = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
-    curve(axes[0], "train", "loss", "training batch", color="#9db8d9", linewidth=0.9)
-    curve(axes[0], "val", "loss", "validation, now {:.3f}", color="#1f4e8c", **dots)
-    # The figures of OpenAI's models hold for this corpus and this context only.
-    if start["data"] == "edufineweb" and start["block_size"] == 1024:
-        reference(axes[0], 3.2924, "OpenAI GPT-2 124M: 3.2924")
-    if losses := [e["loss"] for e in events.get("train", {}).values()]:
-        axes[0].set_ylim(top=1.05 * losses[len(losses) // 33])  # the first hundredths of a run would squeeze the rest
-    axes[0].set_ylabel("loss, nats per token")
-    axes[0].set_title(f"GPT-2, {start['parameters'] / 1e6:.1f}M parameters, {start['data']} shards", loc="left")
-    if panels == 2:
-        curve(axes[1], "hellaswag", "acc_norm", "HellaSwag, now {:.4f}", color="#b4552d", **dots)
-        reference(axes[1], 0.2955, "OpenAI GPT-2 124M: 0.2955")
-        reference(axes[1], 0.337, "GPT-3 124M: 0.337")
-        axes[1].set_ylabel("accuracy (acc_norm)")
-    for axis in axes:
-        axis.grid(color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, loc="upper right" if axis is axes[0] else "lower right")
-    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, ""))
-    axes[-1].xaxis.set_major_formatter(lambda x, _: next(f"{x / (u or 1):g}{name}" for u, name in units if abs(x) >= u))
-    axes[-1].set_xlabel("training tokens")
-    with whole_file(picture) as file:
-        figure.savefig(file, format="png")
 
 
 # ---------------------------------------------------------------- training
@@ -1163,7 +675,7 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
             step_model = torch.compile(step_model, dynamic=False)
         except Exception as error:  # each backend has errors of its own for this
-            fineweb.warn(f"torch.compile does not work here, going on without it ({one_line(error)})")
+            warn(f"torch.compile does not work here, going on without it ({one_line(error)})")
     return step_model
 
 
@@ -1223,12 +735,12 @@ def start_or_resume(
     Weights of --init_from have a shape of their own, whose positions alone may be fewer; without a gpt_config, all are
     kept. A new run's mask is not set yet. Raises UserError if what is there does not fit the flags.
     """
-    if not config.resume and (find_checkpoints(config.out_dir) or (Path(config.out_dir) / "log.jsonl").exists()):
+    if not config.resume and (checkpoint.find(config.out_dir) or (Path(config.out_dir) / "log.jsonl").exists()):
         raise UserError(f"--no-resume, and {config.out_dir} holds a run already: give another --out_dir", status=2)
-    if found := newest_checkpoint(config.out_dir):
-        _, checkpoint = found
-        check_same_run(checkpoint, gpt_config, config)
-        model, step = GPT.from_checkpoint(checkpoint), checkpoint["step"]
+    if found := checkpoint.newest(config.out_dir):
+        _, state = found
+        checkpoint.check_same_run(state, gpt_config, config)
+        model, step = GPT.from_checkpoint(state), state["step"]
     elif config.init_from == "scratch":
         model, step = GPT(gpt_config, config.seed), 0
     else:
@@ -1236,17 +748,8 @@ def start_or_resume(
     model.to(world.device)
     optimizer = make_optimizer(model, config)
     if found:
-        restore_optimizer(optimizer, checkpoint)
+        checkpoint.restore_optimizer(optimizer, state)
     return model, optimizer, step
-
-
-def git_commit() -> str | None:
-    """The commit of this script, "-dirty" if it was changed since; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def load_hellaswag(config: TrainConfig, gpt_config: GPTConfig, world: World) -> hellaswag.HellaSwag | None:
@@ -1259,7 +762,7 @@ def load_hellaswag(config: TrainConfig, gpt_config: GPTConfig, world: World) -> 
         why = str(error)
     missing = world.sum(data is None)[0]
     if missing:
-        fineweb.warn(f"going on without HellaSwag: {why}")
+        warn(f"going on without HellaSwag: {why}")
     return None if missing else data
 
 
@@ -1322,7 +825,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
         to_keep = config.keep_every and step % config.keep_every == 0
         to_save = due(step, config.save_every, config) or to_keep or (stop and (config.save_every or config.keep_every))
         if world.is_main and step > start and to_save:  # first of all, as what comes next takes time
-            save_checkpoint(model, optimizer, step, config)
+            checkpoint.save(model, optimizer, step, config)
         if stop:
             return True
         if val_data and due(step, config.eval_every, config):
@@ -1338,7 +841,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
                 draw_curves(log.path, out_dir / "curves.png")
                 gc.collect()  # a figure is made of cycles, megabytes that would pile up
             except Exception as error:  # a picture is no reason to end a run of days
-                fineweb.warn(f"cannot draw {out_dir / 'curves.png'}: {one_line(error)}")
+                warn(f"cannot draw {out_dir / 'curves.png'}: {one_line(error)}")
         if world.is_main and step and due(step, config.sample_every, config) and not requests:
             for text in sample_texts(model, sample_config, config.seed, world):
                 world.say(f"step {step:5d} | sample: {text}")
@@ -1356,7 +859,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
     end = tokens_before(config.max_steps + 1, config)
     steps = range(start + 1, config.max_steps + 1)
     load = partial(step_batches, data=data, config=config, rank=world.rank, size=world.size)
-    batches = fineweb.prefetch(load, steps)
+    batches = prefetch(load, steps)
     with stop_requests(requests):
         for step in steps:
             began = time.perf_counter()
@@ -1378,7 +881,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config: Samp
                 saved = "saved" if config.save_every or config.keep_every else "not saved, as --save_every is 0"
                 world.say(f"stopped after step {step}, as asked; {saved}: the same command goes on")
                 break
-    files = [log.path, out_dir / "curves.png", *find_checkpoints(config.out_dir)[-1:]]
+    files = [log.path, out_dir / "curves.png", *checkpoint.find(config.out_dir)[-1:]]
     world.say(f"written: {', '.join(str(path) for path in files if path.exists())}")
 
 
@@ -1386,10 +889,10 @@ def chosen_model(gpt_config: GPTConfig | None, config: TrainConfig) -> tuple[GPT
     """The model of the newest checkpoint that can be read, or that of --init_from, and where it comes from."""
     if config.init_from != "scratch":
         return load_model(config.init_from, gpt_config and gpt_config.block_size), config.init_from
-    if not (found := newest_checkpoint(config.out_dir)):
+    if not (found := checkpoint.newest(config.out_dir)):
         raise UserError(f"no checkpoint in {config.out_dir}: train first, or give --out_dir, or --init_from gpt2")
-    path, checkpoint = found
-    return GPT.from_checkpoint(checkpoint), str(path)
+    path, state = found
+    return GPT.from_checkpoint(state), str(path)
 
 
 def sample(model: GPT, source: str, config: TrainConfig, sample_config: SampleConfig, world: World) -> None:
@@ -1404,7 +907,7 @@ def export(model: GPT, source: str, folder: Path) -> None:
     """Write a folder for `transformers`, whole or not at all; UserError unless the vocabulary is GPT-2's."""
     if (n := model.config.n_vocab) < N_VOCAB:
         raise UserError(f"cannot export {source}, which has {n} tokens: the tokenizer has {N_VOCAB}")
-    with fineweb.whole_folder(folder) as unfinished:
+    with whole_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
     print(f"{folder}: {source} as transformers loads it", file=sys.stderr)
 
@@ -1452,4 +955,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    fineweb.run_script(main, "train_gpt2.py")
+    run_script(main, "train_gpt2.py")

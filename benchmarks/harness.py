@@ -29,9 +29,10 @@ from lm_eval.tasks import TaskManager
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from fineweb import PATTERN, RANKS_FILE
 from hellaswag import HellaSwag, evaluate, read_examples
-from train_gpt2 import GPT, World
+from support.tokens import PATTERN, RANKS_FILE
+from support.world import World
+from train_gpt2 import GPT
 
 PIECES = [
     "A man", "is SEEN", "on the roof.", "[title] How to", "[header] Rest", "[step]", "  two spaces", "café", "世界",

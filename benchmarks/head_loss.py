@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from train_gpt2 import scratch  # noqa: E402
+from support import cpu  # noqa: E402
 
 N, V = 1024, 50257
 
@@ -49,7 +49,7 @@ def chunked(
     unit, left = math.log(2) if exp2 else 1.0, width == 0
     loss, dx, dweight = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(weight)
     size = (V, rows) if left else (rows, width)
-    memory = scratch(*size, 0) if kept else torch.empty(size)
+    memory = cpu.scratch(*size, 0) if kept else torch.empty(size)
     buffer = memory if left else memory[:, :V]
     for x_rows, dx_rows, target in zip(x.split(rows), dx.split(rows), targets.split(rows), strict=True):
         if left:

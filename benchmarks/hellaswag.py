@@ -26,7 +26,8 @@ import torch
 from torch.nn import functional as F
 
 from hellaswag import Example, HellaSwag, evaluate
-from train_gpt2 import GPT, GPTConfig, World
+from support.world import World
+from train_gpt2 import GPT, GPTConfig
 
 
 def make_examples(n: int, seed: int = 0) -> list[Example]:

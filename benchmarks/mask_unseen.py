@@ -22,8 +22,10 @@ import time
 
 import torch
 
-from fineweb import demo_documents, encode_document
-from train_gpt2 import DEMO, GPT, GPTConfig, TrainConfig, World, make_optimizer, make_step_model, train_step
+from fineweb import demo_documents
+from support.tokens import encode_document
+from support.world import World
+from train_gpt2 import DEMO, GPT, GPTConfig, TrainConfig, make_optimizer, make_step_model, train_step
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
 

@@ -26,7 +26,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from benchmarks.hellaswag import make_model  # noqa: E402
-from train_gpt2 import GPT, SampleConfig, TrainConfig, World, generate, join_world  # noqa: E402
+from support.world import World, join_world  # noqa: E402
+from train_gpt2 import GPT, SampleConfig, TrainConfig, generate  # noqa: E402
 
 PROMPT = list(range(1000, 9000, 1000))
 

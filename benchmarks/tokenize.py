@@ -39,6 +39,7 @@ import numpy as np
 import tiktoken
 
 import fineweb
+from support.tokens import END_OF_TEXT, tokenizer
 
 WORKERS = 2
 
@@ -65,7 +66,7 @@ def shipped() -> tiktoken.Encoding:
     """GPT-2's encoding with the pattern that tiktoken ships."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    ours = fineweb.tokenizer()
+    ours = tokenizer()
     return tiktoken.Encoding(
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ours._mergeable_ranks, special_tokens=ours._special_tokens
     )
@@ -76,7 +77,7 @@ def single(texts: list[str], encoding: tiktoken.Encoding) -> int:
 
 
 def encode_checked(text: str, encoding: Callable[[], tiktoken.Encoding]) -> np.ndarray:
-    tokens = np.array([fineweb.END_OF_TEXT, *encoding().encode_ordinary(text)])
+    tokens = np.array([END_OF_TEXT, *encoding().encode_ordinary(text)])
     assert (tokens >= 0).all()
     assert (tokens < 2**16).all()
     return tokens.astype(np.uint16)
@@ -121,9 +122,9 @@ def speed(megabytes: float, rounds: int, shard_tokens: int) -> None:
         texts = write_text(megabytes, text)
         sides = {
             "single, tiktoken's pattern": lambda folder: single(texts, shipped()),
-            "single, fineweb.py's pattern": lambda folder: single(texts, fineweb.tokenizer()),
+            "single, fineweb.py's pattern": lambda folder: single(texts, tokenizer()),
             "imap, 2 workers, tiktoken's pattern": lambda folder: imap(text, folder, shard_tokens, shipped),
-            "imap, 2 workers, fineweb.py's pattern": lambda folder: imap(text, folder, shard_tokens, fineweb.tokenizer),
+            "imap, 2 workers, fineweb.py's pattern": lambda folder: imap(text, folder, shard_tokens, tokenizer),
             "fineweb, 2 workers": lambda folder: ours(text, folder, shard_tokens),
         }
         rates, checksums = {name: [] for name in sides}, set()

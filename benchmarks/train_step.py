@@ -46,6 +46,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import fineweb  # noqa: E402
 import train_gpt2  # noqa: E402
+from support import cpu  # noqa: E402
+from support.cli import UserError  # noqa: E402
+from support.files import prefetch  # noqa: E402
+from support.world import World, join_world, peak_flops  # noqa: E402
 from train_gpt2 import DEMO, GPT, GPTConfig, TrainConfig  # noqa: E402
 
 
@@ -142,9 +146,9 @@ class Float32Logits(GPT):
 class Trainer:
     """What a side's process does on request; each method's result goes back to the parent."""
 
-    def __init__(self, side: Side, work: Work, config: TrainConfig, world: train_gpt2.World):
+    def __init__(self, side: Side, work: Work, config: TrainConfig, world: World):
         if side.model == "plain":
-            train_gpt2.by_hand = lambda x: False
+            cpu.by_hand = lambda x: False
         GPT.ROWS = side.rows or GPT.ROWS
         for name, value in side.inductor.items():
             setattr(torch._inductor.config, name, value)
@@ -157,7 +161,7 @@ class Trainer:
         self.step_model = train_gpt2.make_step_model(self.model, config, world)
         self.data = train_gpt2.Sequences(config.data_dir, "train", work.shape)
         load = partial(train_gpt2.step_batches, data=self.data, config=config, rank=0, size=1)
-        self.batches, self.step = fineweb.prefetch(load, count(1)), 0
+        self.batches, self.step = prefetch(load, count(1)), 0
 
     def kernels(self):
         """The attention that the side prefers, in force."""
@@ -212,7 +216,7 @@ class Trainer:
 
 def serve(connection: Connection, side: Side, work: Work, config: TrainConfig) -> None:
     """What a side's process runs: a Trainer's methods, as they are asked for, until None is."""
-    with train_gpt2.join_world(config) as world:
+    with join_world(config) as world:
         trainer = Trainer(side, work, config, world)
         for method, *values in iter(connection.recv, None):
             connection.send(getattr(trainer, method)(*values))
@@ -266,7 +270,7 @@ def measure(name: str, work: Work, config: TrainConfig, args: argparse.Namespace
     )
     print("| side | ms a step, median (least to most) | tokens/s | MFU | peak, MiB | time / first | memory / first |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    peak = train_gpt2.peak_flops(torch.device("cuda"), torch.bfloat16) if on_cuda else None
+    peak = peak_flops(torch.device("cuda"), torch.bfloat16) if on_cuda else None
     first, notes = None, []
     for group in [[side] for side in work.sides] if on_cuda else [work.sides]:
         processes = [Process(side, work, config) for side in group]
@@ -350,7 +354,7 @@ def main() -> None:
         if args.data_dir == fineweb.DEMO_DIR:
             fineweb.write_demo(Path(args.data_dir))
         train_gpt2.find_shards(args.data_dir, "train")
-    except (fineweb.UserError, OSError) as error:
+    except (UserError, OSError) as error:
         parser.error(str(error))
     steps = args.losses or 19_073
     config = TrainConfig(data_dir=args.data_dir, max_steps=steps, warmup_steps=min(715, steps // 8))

@@ -22,11 +22,15 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from hooks import before_each_step
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import fineweb
 import train_gpt2
-from train_gpt2 import GPTConfig, World
+from support import checkpoint
+from support.cli import exit_status
+from support.log import read_log
+from support.world import World
+from train_gpt2 import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in what they run in the background
@@ -77,7 +81,7 @@ def tiny_flags(data_dir, out_dir, **changes) -> list[str]:
 
 def run_train(argv: list) -> int:
     """train_gpt2.py within this process; returns its exit status."""
-    return fineweb.exit_status(partial(train_gpt2.main, [str(a) for a in argv]), "train_gpt2.py")
+    return exit_status(partial(train_gpt2.main, [str(a) for a in argv]), "train_gpt2.py")
 
 
 def start_script(argv: list, ranks: int = 1, **kwargs) -> subprocess.Popen:
@@ -114,7 +118,7 @@ def be_a_child(function, arguments: tuple, out: str | None, err: str) -> None:
 def be_a_script(module: str, argv: list[str], cwd: str | None) -> None:
     """Run a script's main() to the end of the process."""
     os.chdir(cwd or os.getcwd())
-    sys.exit(fineweb.exit_status(partial(sys.modules[module].main, argv), f"{module}.py"))
+    sys.exit(exit_status(partial(sys.modules[module].main, argv), f"{module}.py"))
 
 
 @cache
@@ -195,34 +199,27 @@ def small_files(size: int):
 
 
 def stop_after(step, flags):
-    """Run until the checkpoint of `step` is written, then leave by an exception."""
+    """Run until all of `step` is done, then leave by an exception, as a run that is killed there."""
 
     class Stop(BaseException):
         pass
 
-    real = train_gpt2.save_checkpoint
-
-    def save(model, optimizer, at, config):
-        real(model, optimizer, at, config)
-        if at == step:
+    def stop(at, model):
+        if at == step + 1:
             raise Stop
 
-    train_gpt2.save_checkpoint = save
-    try:
-        with pytest.raises(Stop):
-            run_train(flags)
-    finally:
-        train_gpt2.save_checkpoint = real
+    with pytest.raises(Stop), before_each_step(stop):
+        run_train(flags)
 
 
 def losses(out_dir) -> dict[int, float]:
     """The logged training losses of a run, by step."""
-    return {step: entry["loss"] for step, entry in train_gpt2.read_log(Path(out_dir) / "log.jsonl")["train"].items()}
+    return {step: entry["loss"] for step, entry in read_log(Path(out_dir) / "log.jsonl")["train"].items()}
 
 
 def newest(out_dir) -> dict:
     """The newest checkpoint of a run."""
-    return train_gpt2.read_checkpoint(train_gpt2.find_checkpoints(out_dir)[-1])
+    return checkpoint.read(checkpoint.find(out_dir)[-1])
 
 
 def assert_same(a, b) -> None:

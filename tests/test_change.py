@@ -5,6 +5,8 @@ import torch
 from conftest import CPU, TINY, assert_same, losses, newest, run_train, stop_after, tiny_flags
 
 import train_gpt2
+from support import checkpoint
+from support.tokens import tokenizer
 from train_gpt2 import GPT, Sequences, TrainConfig, learning_rate, step_batches, train_step
 
 
@@ -86,7 +88,7 @@ def test_another_position_encoding_trains_resumes_and_samples(shards, tmp_path, 
     expected = [0]  # "!"
     while len(expected) < 12:
         expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
-    assert text == train_gpt2.tokenizer().decode(expected) + "\n"
+    assert text == tokenizer().decode(expected) + "\n"
 
 
 def test_an_error_in_the_models_code_on_resume_is_a_traceback_and_no_checkpoint_is_passed_over(
@@ -99,7 +101,7 @@ def test_an_error_in_the_models_code_on_resume_is_a_traceback_and_no_checkpoint_
 
     flags = tiny_flags(shards, tmp_path / "log")
     assert run_train(flags) == 0
-    before = {path: path.read_bytes() for path in train_gpt2.find_checkpoints(tmp_path / "log")}
+    before = {path: path.read_bytes() for path in checkpoint.find(tmp_path / "log")}
     capsys.readouterr()
     monkeypatch.setattr(train_gpt2, "GPT", Typo)
     for argv in (flags, ["--sample", "--out_dir", tmp_path / "log"]):
@@ -109,7 +111,7 @@ def test_an_error_in_the_models_code_on_resume_is_a_traceback_and_no_checkpoint_
     with pytest.raises(RuntimeError, match="wpe"):
         run_train(flags)
     assert capsys.readouterr().err == ""
-    assert {path: path.read_bytes() for path in train_gpt2.find_checkpoints(tmp_path / "log")} == before
+    assert {path: path.read_bytes() for path in checkpoint.find(tmp_path / "log")} == before
 
 
 def test_two_groups_with_rates_of_their_own_keep_their_ratio_through_the_schedule(shards, tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, newest, run_script, run_train, tiny_flags, write_shards
 
 import train_gpt2
+from support import checkpoint
+from support.log import read_log
 
 
 def the_line(capsys) -> str:
@@ -215,7 +217,7 @@ def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path, capsys):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(shards, tmp_path, capsys, damage):
     flags = tiny_flags(shards, tmp_path / "log")
     assert run_train(flags) == 0
-    path = train_gpt2.find_checkpoints(tmp_path / "log")[-1]
+    path = checkpoint.find(tmp_path / "log")[-1]
     content = bytearray(path.read_bytes())
     if damage == "cut":
         path.write_bytes(content[:2000])
@@ -240,7 +242,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(shards, tmp_p
     assert newest(tmp_path / "log")["step"] == 6
 
     path.write_bytes(before)
-    for other in train_gpt2.find_checkpoints(tmp_path / "log")[:-1]:
+    for other in checkpoint.find(tmp_path / "log")[:-1]:
         other.unlink()
     for argv in (flags, sampling):
         assert run_train(argv) == 1
@@ -269,7 +271,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(shards, tmp_path, capsys):
 def test_demo_changes_defaults_only(tmp_path, shards, capsys):
     flags = tiny_flags(shards, tmp_path / "log")
     assert run_train(["--demo", *flags]) == 0
-    start = train_gpt2.read_log(tmp_path / "log" / "log.jsonl")["start"][0]
+    start = read_log(tmp_path / "log" / "log.jsonl")["start"][0]
     assert start["demo"] is True
     assert (start["n_embd"], start["max_steps"], start["data_dir"]) == (16, 6, str(shards))
 

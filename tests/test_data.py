@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import CPU, TINY, write_shards
 
-from fineweb import UserError, open_shard, prefetch
-from train_gpt2 import GPT, Sequences, TrainConfig, World, check_batch, epoch_order, evaluate, step_batches
+from support.cli import UserError
+from support.files import prefetch
+from support.tokens import open_shard
+from support.world import World
+from train_gpt2 import GPT, Sequences, TrainConfig, check_batch, epoch_order, evaluate, step_batches
 
 # 8 sequences a step over 20 in an epoch: steps 3 and 5 hold the ends of two epochs.
 CONFIG = TrainConfig(batch_tokens=128, micro_batch=8)

@@ -16,7 +16,8 @@ import pytest
 from conftest import COMMIT, Hub, environment, run_script, small_files, start_script, write_shards
 
 import fineweb
-from fineweb import Manifest, encode_document, verify
+from fineweb import Manifest, verify
+from support.tokens import encode_document, open_shard
 
 
 def parquet(texts: list, column: str = "text") -> bytes:
@@ -57,7 +58,7 @@ def run(hub, tmp_path, *argv, **kwargs):
 
 def tokens(folder: Path) -> np.ndarray:
     paths = sorted(folder.glob("*_[0-9]*"), key=lambda path: path.name[-10:])
-    return np.concatenate([fineweb.open_shard(path) for path in paths])
+    return np.concatenate([open_shard(path) for path in paths])
 
 
 def test_the_sample_of_fineweb_edu_becomes_shards_named_as_its_users_have_them(edu, tmp_path):

@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import fineweb
-from fineweb import END_OF_TEXT, tokenizer
-from train_gpt2 import GPT, SampleConfig, find_checkpoints, generate, load_model, read_log
+from support import checkpoint
+from support.files import background, whole_folder
+from support.log import read_log
+from support.tokens import END_OF_TEXT, tokenizer
+from support.world import World
+from train_gpt2 import GPT, SampleConfig, generate, load_model
 
 PROMPT = "A man is sitting on a roof."
 STEPS = {"warmup_steps": 0, "batch_tokens": 256}  # which is four sequences of the pretrained model
@@ -175,11 +179,11 @@ def test_a_killed_export_leaves_no_half_folder_and_the_next_one_is_whole(exporte
 
 def test_two_that_make_the_same_folder_take_turns(tmp_path):
     def make(name: str) -> None:
-        with fineweb.whole_folder(tmp_path / "out") as folder:
+        with whole_folder(tmp_path / "out") as folder:
             (folder / name).write_text("x")
             time.sleep(0.2)
 
-    first, second = (fineweb.background(make, name) for name in "ab")
+    first, second = (background(make, name) for name in "ab")
     failed = [future.exception() for future in (first, second)]
     assert sorted(type(error).__name__ for error in failed) == ["FileExistsError", "NoneType"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b" if failed[0] else "a"]
@@ -192,14 +196,14 @@ def test_two_that_make_the_same_folder_take_turns(tmp_path):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     for error in (KeyboardInterrupt, OSError):
-        with pytest.raises(error), fineweb.whole_folder(tmp_path / "a" / "b") as folder:
+        with pytest.raises(error), whole_folder(tmp_path / "a" / "b") as folder:
             (folder / "half").write_text("x")
             assert not (tmp_path / "a" / "b").exists()
             raise error
-    with fineweb.whole_folder(tmp_path / "a" / "b") as folder:
+    with whole_folder(tmp_path / "a" / "b") as folder:
         (folder / "whole").write_text("x")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
-    with pytest.raises(FileExistsError), fineweb.whole_folder(tmp_path / "a" / "b"):
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "a" / "b"):
         pytest.fail("nothing needs to be made")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["whole"]
 
@@ -246,7 +250,7 @@ def test_max_steps_0_only_evaluates_in_the_usual_log(exported, tmp_path):
     trained = read_log(exported / "log" / "log.jsonl")["val"][2]
     assert events["val"][0]["loss"] == pytest.approx(trained["loss"], abs=1e-5)
     assert events["val"][0]["tokens"] == trained["tokens"]
-    assert not find_checkpoints(tmp_path / "log")
+    assert not checkpoint.find(tmp_path / "log")
 
 
 def test_a_smaller_block_size_drops_positions_and_a_larger_one_is_refused(exported, tmp_path, capsys):
@@ -292,7 +296,7 @@ def test_the_weights_of_a_name_come_from_the_hub(exported, tmp_path, hub, size):
 
 def test_validation_in_bfloat16_does_not_round_logits_that_lie_at_minus_100(tmp_path, shards):
     # As OpenAI's do: there bfloat16 has steps of 0.5.
-    from train_gpt2 import GPTConfig, Sequences, TrainConfig, World, evaluate
+    from train_gpt2 import GPTConfig, Sequences, TrainConfig, evaluate
 
     config = GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=16)
     model, data = GPT(config), Sequences(shards, "val", config)

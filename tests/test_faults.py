@@ -35,9 +35,10 @@ from conftest import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fineweb
-import train_gpt2
-from fineweb import UserError
-from train_gpt2 import GPT, Sequences, TrainConfig, find_checkpoints, make_optimizer, read_log, step_batches, train_step
+from support import checkpoint
+from support.cli import UserError
+from support.log import read_log
+from train_gpt2 import GPT, Sequences, TrainConfig, make_optimizer, step_batches, train_step
 
 STEPS = {"max_steps": 12, "save_every": 2, "eval_every": 6, "sample_every": 6, "max_length": 20, "keep_every": 6}
 LONG = {"max_steps": 2000, "save_every": 50, "eval_every": 0}  # more steps than any test waits for
@@ -114,7 +115,7 @@ def test_what_a_killed_run_left_is_cleared_and_nothing_else(shards, tmp_path):
 def test_a_killed_rank_ends_the_job_within_a_minute_and_the_same_command_goes_on(shards, tmp_path, rank):
     flags = tiny_flags(shards, tmp_path / "log", **STEPS | {"max_steps": 200, "save_every": 10, "eval_every": 0})
     process = start_script(["train_gpt2.py", *flags], ranks=2)
-    wait_for(lambda: find_checkpoints(tmp_path / "log"), process)
+    wait_for(lambda: checkpoint.find(tmp_path / "log"), process)
     os.kill(workers_of(process)[rank], signal.SIGKILL)
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
@@ -136,7 +137,7 @@ def test_torchrun_recovers_from_a_killed_rank_by_itself(shards, tmp_path, own_st
     flags = tiny_flags(shards, tmp_path / "log", **LONG | {"max_steps": 400, "save_every": 20})
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
     process = start_script(["train_gpt2.py", *flags], ranks=2, torchrun=["--max-restarts=1"], env=env)
-    wait_for(lambda: find_checkpoints(tmp_path / "log"), process)
+    wait_for(lambda: checkpoint.find(tmp_path / "log"), process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -164,9 +165,9 @@ def test_a_run_asked_to_stop_ends_its_step_saves_and_exits_with_0(shards, tmp_pa
 
     assert run_forked(flags, tmp_path).returncode == 0
     assert run_forked([*flags, "--out_dir", tmp_path / "unbroken"], tmp_path).returncode == 0
-    for name in find_checkpoints(tmp_path / "log")[:-1]:  # those of the stop
+    for name in checkpoint.find(tmp_path / "log")[:-1]:  # those of the stop
         name.unlink()
-    for name in find_checkpoints(tmp_path / "unbroken")[:-1]:
+    for name in checkpoint.find(tmp_path / "unbroken")[:-1]:
         name.unlink()
     assert_same_run(tmp_path / "log", tmp_path / "unbroken")
 
@@ -186,19 +187,7 @@ def test_ranks_stop_together_whoever_is_asked(shards, tmp_path, to):
 
 def test_evaluations_left_out_by_a_stop_are_made_up_for(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", max_steps=6, eval_every=3, save_every=6)
-    program = tmp_path / "stop_at_step_3.py"
-    program.write_text(
-        "import os, signal, sys, time, fineweb, train_gpt2\n"
-        "def step(*args, real=train_gpt2.train_step):\n"
-        "    result = real(*args)\n"
-        "    if args[3] == 3:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        time.sleep(0.5)\n"
-        "    return result\n"
-        "train_gpt2.train_step = step\n"
-        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
-    )
-    assert run_script([program, *flags]).returncode == 0
+    assert run_script(["tests/hooks.py", "sigterm_at_step_3", *flags]).returncode == 0
     assert list(read_log(tmp_path / "log" / "log.jsonl")["val"]) == [0]
     assert run_train(flags) == 0
     assert run_train(tiny_flags(shards, tmp_path / "unbroken", max_steps=6, eval_every=3, save_every=6)) == 0
@@ -208,21 +197,10 @@ def test_evaluations_left_out_by_a_stop_are_made_up_for(shards, tmp_path):
 
 
 def test_a_second_signal_ends_at_once_and_one_passed_on_twice_does_not(shards, tmp_path):
-    program = tmp_path / "slow.py"
-    program.write_text(
-        "import pathlib, sys, time, fineweb, train_gpt2\n"
-        "def step(*args, real=train_gpt2.train_step):\n"
-        "    if args[3] == 2:\n"
-        f"        pathlib.Path({str(tmp_path / 'slow')!r}).touch()\n"
-        "        end = time.monotonic() + 300\n"
-        "        while time.monotonic() < end:\n"
-        "            time.sleep(0.1)\n"
-        "    return real(*args)\n"
-        "train_gpt2.train_step = step\n"
-        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
-    )
-    process = start_script([program, *tiny_flags(shards, tmp_path / "log")])
-    wait_for((tmp_path / "slow").exists, process)
+    flags = tiny_flags(shards, tmp_path / "log", eval_every=0)
+    process = start_script(["tests/hooks.py", "hang_at_step_2", *flags])
+    while process.stdout.readline() != "hangs\n":
+        assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)  # else the system may make one of two
     process.send_signal(signal.SIGTERM)
@@ -234,24 +212,8 @@ def test_a_second_signal_ends_at_once_and_one_passed_on_twice_does_not(shards, t
 
 
 def test_one_signal_is_one_request_however_long_the_operation_at_work_takes(shards, tmp_path):
-    program = tmp_path / "long_operation.py"
-    program.write_text(
-        "import hashlib, os, signal, sys, threading, time, fineweb, train_gpt2\n"
-        "def work(rounds):\n"
-        "    began = time.monotonic()\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'', b'', rounds)\n"  # no signal interrupts it
-        "    return time.monotonic() - began\n"
-        "def step(*args, real=train_gpt2.train_step):\n"
-        "    if args[3] == 2:\n"
-        "        rounds = int(100_000 * 3 / work(100_000))\n"
-        "        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "        while work(rounds) < 2:\n"
-        "            rounds *= 2\n"
-        "    return real(*args)\n"
-        "train_gpt2.train_step = step\n"
-        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
-    )
-    result = run_script([program, *tiny_flags(shards, tmp_path / "log")])
+    flags = tiny_flags(shards, tmp_path / "log")
+    result = run_script(["tests/hooks.py", "sigterm_in_a_long_operation_at_step_2", *flags])
     assert result.returncode == 0, result.stderr
     assert "stopped after step 2, as asked; saved" in result.stdout
 
@@ -297,22 +259,13 @@ def test_weights_that_an_update_made_infinite_are_not_saved(shards, tmp_path):
     model, config = GPT(TINY), TrainConfig(out_dir=str(tmp_path))
     model.transformer.ln_f.weight.data[0] = math.inf
     with pytest.raises(UserError, match="^step 2: the weights are not finite, so they are not saved"):
-        train_gpt2.save_checkpoint(model, make_optimizer(model, config), 2, config)
+        checkpoint.save(model, make_optimizer(model, config), 2, config)
     assert not [*tmp_path.glob("ckpt*")]
 
 
 def test_a_step_that_is_not_finite_on_one_rank_stops_all_and_the_last_checkpoint_stays(shards, tmp_path):
-    program = tmp_path / "nan_on_rank_1.py"
-    program.write_text(
-        "import math, os, sys, fineweb, train_gpt2\n"
-        "def step(model, *args, real=train_gpt2.train_step):\n"
-        "    if args[2] == 4 and os.environ['RANK'] == '1':\n"
-        "        model.register_forward_hook(lambda module, inputs, loss: loss * math.nan)\n"
-        "    return real(model, *args)\n"
-        "train_gpt2.train_step = step\n"
-        "fineweb.run_script(train_gpt2.main, 'train_gpt2.py')\n"
-    )
-    result = run_script([program, *tiny_flags(shards, tmp_path / "log", save_every=1)], ranks=2, timeout=60)
+    flags = tiny_flags(shards, tmp_path / "log", save_every=1)
+    result = run_script(["tests/hooks.py", "nan_at_step_4_on_rank_1", *flags], ranks=2, timeout=60)
     assert result.returncode != 0
     for rank in (0, 1):
         assert f"train_gpt2.py [rank {rank}]: step 4: loss nan, gradient norm nan" in result.stderr
@@ -365,7 +318,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(shards, small_d
     flags = ["train_gpt2", *tiny_flags(shards, out, save_every=1, eval_every=0)]
     result = run_forked([*flags, "--max_steps", 2, "--warmup_steps", 1], tmp_path)
     assert result.returncode == 0, result.stderr
-    kept = find_checkpoints(out)
+    kept = checkpoint.find(out)
     size = kept[-1].stat().st_size
     free = shutil.disk_usage(small_disk).free
     (small_disk / "filler").write_bytes(b"x" * (free - size // 2))
@@ -375,7 +328,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(shards, small_d
     assert_one_line(result)
     assert "ckpt_000003.pt" in result.stderr
     assert "No space left on device" in result.stderr
-    assert {path: path.read_bytes() for path in find_checkpoints(out)} == before
+    assert {path: path.read_bytes() for path in checkpoint.find(out)} == before
     assert not list(out.glob("*.tmp"))
     (small_disk / "filler").unlink()
     assert run_forked([*flags, "--max_steps", 6, "--warmup_steps", 1, "--extend"], tmp_path).returncode == 0
@@ -392,28 +345,28 @@ def test_a_log_that_cannot_be_written_is_one_line(shards, tmp_path):
 def test_an_out_dir_that_is_lost_while_training_is_one_line(shards, tmp_path):
     out, err = tmp_path / "stdout", tmp_path / "stderr"
     process = start_forked(["train_gpt2", *tiny_flags(shards, tmp_path / "log", **LONG)], out, err)
-    wait_for(lambda: find_checkpoints(tmp_path / "log"), process)
+    wait_for(lambda: checkpoint.find(tmp_path / "log"), process)
     (tmp_path / "log").rename(tmp_path / "moved")
     process.join(60)
     assert process.exitcode == 1
     assert err.read_text().startswith(f"train_gpt2.py: {tmp_path / 'log' / 'log.jsonl'}: No such file")
     assert err.read_text().count("\n") == 1
-    assert find_checkpoints(tmp_path / "moved")
+    assert checkpoint.find(tmp_path / "moved")
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr(train_gpt2.zipfile, "ZipFile", refuse)
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", refuse)
     with pytest.raises(PermissionError):
-        train_gpt2.read_checkpoint(tmp_path / "ckpt_000002.pt")
+        checkpoint.read(tmp_path / "ckpt_000002.pt")
 
 
 def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(shards, tmp_path):
     flags = ["train_gpt2", *tiny_flags(shards, tmp_path / "log", **LONG)]
     first = start_forked(flags, tmp_path / "stdout", tmp_path / "stderr")
-    wait_for(lambda: find_checkpoints(tmp_path / "log"), first)
+    wait_for(lambda: checkpoint.find(tmp_path / "log"), first)
     second = tmp_path / "second"
     second.mkdir()
     result = run_forked(flags, second)
@@ -432,16 +385,16 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(shards, tmp_path)
 
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path):
     with pytest.raises(OSError, match="name too long"):
-        find_checkpoints(tmp_path / ("x" * 300))
-    assert find_checkpoints(tmp_path / "nowhere") == []
+        checkpoint.find(tmp_path / ("x" * 300))
+    assert checkpoint.find(tmp_path / "nowhere") == []
 
 
 def test_the_last_two_checkpoints_are_kept_and_those_of_keep_every(shards, tmp_path):
     for name, changes in (("both", {"save_every": 1}), ("alone", {"save_every": 0})):
         flags = tiny_flags(shards, tmp_path / name, max_steps=8, keep_every=3, eval_every=0, **changes)
         assert run_train(flags) == 0
-    assert [train_gpt2.step_of(path) for path in find_checkpoints(tmp_path / "both")] == [3, 6, 7, 8]
-    assert [train_gpt2.step_of(path) for path in find_checkpoints(tmp_path / "alone")] == [3, 6]
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path / "both")] == [3, 6, 7, 8]
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path / "alone")] == [3, 6]
 
 
 def test_a_damaged_checkpoint_never_costs_a_good_one(shards, tmp_path, capsys):
@@ -451,7 +404,7 @@ def test_a_damaged_checkpoint_never_costs_a_good_one(shards, tmp_path, capsys):
     assert run_train([*flags, "--save_every", "1", "--max_steps", "7", "--extend"]) == 2  # a shorter run is another
     stopped = tiny_flags(shards, tmp_path / "log", max_steps=8, save_every=1, eval_every=0)
     stop_after(6, stopped)
-    assert [train_gpt2.step_of(path) for path in find_checkpoints(tmp_path / "log")] == [5, 6, 8]
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path / "log")] == [5, 6, 8]
     assert run_train(flags) == 0
     assert newest(tmp_path / "log")["step"] == 8
 
@@ -494,7 +447,7 @@ def test_any_number_of_shards_takes_no_more_open_files(shards):
 def test_a_run_whose_shard_is_cut_short_in_place_ends_with_one_line(shards, tmp_path):
     out, err = tmp_path / "stdout", tmp_path / "stderr"
     process = start_forked(["train_gpt2", *tiny_flags(shards, tmp_path / "log", **LONG)], out, err)
-    wait_for(lambda: find_checkpoints(tmp_path / "log"), process)
+    wait_for(lambda: checkpoint.find(tmp_path / "log"), process)
     path = next(shards.glob("*train*"))
     os.truncate(path, 100)
     process.join(60)
@@ -592,7 +545,7 @@ def test_a_lost_machine_that_is_started_again_goes_on(shards, tmp_path):
         wait_for(lambda: not probe.connect_ex(("127.0.0.1", port)), first)
     second = agent(port, "b", flags)
     try:
-        wait_for(lambda: find_checkpoints(tmp_path / "log"), first)
+        wait_for(lambda: checkpoint.find(tmp_path / "log"), first)
         for pid in processes_of(second):
             os.kill(pid, signal.SIGKILL)
         second.wait()

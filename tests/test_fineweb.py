@@ -9,6 +9,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,11 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import run_script, small_files, start_script, write_shards
+from conftest import ROOT, run_script, small_files, start_script, write_shards
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import fineweb
-from fineweb import END_OF_TEXT, Manifest, UserError, build, encode_document, tokenizer, verify, whole_file
+from fineweb import Manifest, build, verify
+from support.cli import UserError, exit_status
+from support.files import whole_file
+from support.tokens import END_OF_TEXT, LAST_SPACE, RANKS_FILE, encode_document, open_shard, tokenizer
 
 
 def fuzz(seed: int, length: int) -> str:
@@ -68,7 +72,7 @@ def wanted(dataset, shard_tokens=100, max_tokens=None) -> Manifest:
 
 def shards(folder) -> list[np.ndarray]:
     """The shards of a folder in the order of their numbers."""
-    return [fineweb.open_shard(path) for path in sorted(Path(folder).glob("*_[0-9]*"), key=lambda p: p.name[-10:])]
+    return [open_shard(path) for path in sorted(Path(folder).glob("*_[0-9]*"), key=lambda p: p.name[-10:])]
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -145,15 +149,15 @@ def test_text_that_stops_the_regular_expression_is_encoded_all_the_same(referenc
 def test_the_cut_in_white_space_is_where_no_token_crosses(reference):
     for seed in range(1000):
         text = fuzz(seed, 80)
-        pieces = fineweb.LAST_SPACE.split(text)
+        pieces = LAST_SPACE.split(text)
         assert [t for piece in pieces for t in reference.encode_ordinary(piece)] == reference.encode_ordinary(text)
 
 
 def test_altered_ranks_are_refused(tmp_path, monkeypatch):
     altered = tmp_path / "gpt2.tiktoken"
-    altered.write_bytes(fineweb.RANKS_FILE.read_bytes()[:-1] + b"7")
+    altered.write_bytes(RANKS_FILE.read_bytes()[:-1] + b"7")
     for path in [altered, tmp_path / "missing"]:
-        monkeypatch.setattr(fineweb, "RANKS_FILE", path)
+        monkeypatch.setattr("support.tokens.RANKS_FILE", path)
         tokenizer.cache_clear()
         with pytest.raises(UserError, match=f"{path.name}.* SHA-256"):
             tokenizer()
@@ -161,7 +165,8 @@ def test_altered_ranks_are_refused(tmp_path, monkeypatch):
 
 def test_missing_ranks_are_one_line_with_workers_too(tmp_path):
     script = tmp_path / "fineweb.py"
-    script.write_bytes(Path(fineweb.__file__).read_bytes())  # without assets/ beside it
+    script.write_bytes(Path(fineweb.__file__).read_bytes())
+    shutil.copytree(ROOT / "support", tmp_path / "support")  # without assets/ beside it
     source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
     result = run_script([script, "--dataset", source, "--workers", 2, "--out_dir", tmp_path / "out"])
     assert result.returncode == 1
@@ -585,7 +590,7 @@ def test_files_that_cannot_be_read_are_named_with_the_row(tmp_path, capsys, name
     with pytest.raises(UserError, match=message or "too little text"):
         build(tmp_path / "out", wanted(path.parent))
     argv = ["--dataset", str(path.parent), "--out_dir", str(tmp_path / "out2"), "--workers", "1"]
-    assert fineweb.exit_status(partial(fineweb.main, argv), "fineweb.py") == 1
+    assert exit_status(partial(fineweb.main, argv), "fineweb.py") == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("fineweb.py: ") for line in lines[-2:]] == [False, True][-len(lines) :]
 
@@ -604,7 +609,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, capsys, mon
     monkeypatch.setattr(os, "fsync", fill_up)
     for name in ["text_train_000003.npy.tmp", "manifest.json.tmp"]:
         argv = ["--dataset", str(source), "--out_dir", str(out), "--shard_tokens", "100", "--workers", "1"]
-        assert fineweb.exit_status(lambda argv=argv: fineweb.main(argv), "fineweb.py") == 1
+        assert exit_status(lambda argv=argv: fineweb.main(argv), "fineweb.py") == 1
         error = capsys.readouterr().err
         assert error.splitlines()[-1] == (
             f"fineweb.py: {out / name.removesuffix('.tmp')}: No space left on device; "

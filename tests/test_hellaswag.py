@@ -14,11 +14,12 @@ from conftest import CPU, ROOT, TINY, assert_same, environment, losses, newest, 
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import fineweb
 import hellaswag
-from fineweb import UserError, tokenizer
 from hellaswag import DATASET, FILE, HellaSwag, evaluate, read_examples
-from train_gpt2 import GPT, load_model, read_log
+from support.cli import UserError, exit_status
+from support.log import read_log
+from support.tokens import END_OF_TEXT, tokenizer
+from train_gpt2 import GPT, load_model
 
 
 def row(activity: str, a: str, b: str, endings: list[str], label: int) -> dict:
@@ -90,7 +91,7 @@ def test_scores_and_predictions_are_those_of_a_plain_evaluation_through_transfor
     normalized, encode = data.normalized(scores), tokenizer().encode_ordinary
     for r, found, found_norm in zip(ROWS, scores, normalized, strict=True):
         context, endings, texts = plain_texts(r, style)
-        before = encode(context) or [fineweb.END_OF_TEXT]
+        before = encode(context) or [END_OF_TEXT]
         expected, counts = zip(*(plain_score(theirs, before, encode(e)) for e in endings), strict=True)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
         lengths = counts if style == "completion" else [len(text) for text in texts]
@@ -172,7 +173,7 @@ def alone(capsys):
 
     def run(model, data, *flags):
         argv = [str(a) for a in ("--model", model, "--device", "cpu", "--data", data, *flags)]
-        status = fineweb.exit_status(lambda: hellaswag.main(argv), "hellaswag.py")
+        status = exit_status(lambda: hellaswag.main(argv), "hellaswag.py")
         return status, *capsys.readouterr()
 
     return run
@@ -356,9 +357,7 @@ def test_broken_weights_are_refused(tmp_path, alone):
 
 # ---------------------------------------------------------------- from the Hub
 
-FETCH = (
-    "import sys, fineweb, hellaswag; sys.exit(fineweb.exit_status(lambda: print(hellaswag.fetch(%r)), 'hellaswag.py'))"
-)
+FETCH = "import hellaswag, support.cli as c; c.run_script(lambda: print(hellaswag.fetch(%r)), 'hellaswag.py')"
 
 
 def fetch(hub, folder, sha256: str):

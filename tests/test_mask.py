@@ -13,18 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import fineweb
 import hellaswag
-from fineweb import Manifest, UserError, find_token_ids, tokenizer
-from train_gpt2 import (
-    GPT,
-    SampleConfig,
-    Sequences,
-    TrainConfig,
-    evaluate,
-    find_shards,
-    generate,
-    load_model,
-    read_log,
-)
+from fineweb import Manifest, find_token_ids
+from support.cli import UserError, exit_status
+from support.log import read_log
+from support.tokens import tokenizer
+from train_gpt2 import GPT, SampleConfig, Sequences, TrainConfig, evaluate, find_shards, generate, load_model
 
 SEEN = [*range(0, 96, 3)]
 
@@ -302,7 +295,7 @@ def test_hellaswag_calls_an_ending_with_an_unseen_token_impossible(prose, tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     argv = ["--model", str(out), "--data", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--per_example",
             str(tmp_path / "each.jsonl")]  # fmt: skip
-    assert fineweb.exit_status(lambda: hellaswag.main(argv), "hellaswag.py") == 0
+    assert exit_status(lambda: hellaswag.main(argv), "hellaswag.py") == 0
     assert json.loads(capsys.readouterr().out)["acc"] == pytest.approx(1 / 3)
     each = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "each.jsonl").read_text().splitlines()]
     assert [score is None for score in each[0]["scores"]] == [True, True, False, True]

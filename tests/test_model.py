@@ -10,9 +10,9 @@ from conftest import TINY
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import train_gpt2
-from fineweb import UserError
-from train_gpt2 import GPT, GeluLinear, GPTConfig, HeadLoss, linear
+from support import cpu
+from support.cli import UserError
+from train_gpt2 import GPT, GPTConfig
 
 PADDED = dataclasses.replace(TINY, vocab_size=50304)
 
@@ -92,12 +92,12 @@ def test_padded_rows_get_no_probability_and_no_gradient():
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_the_chunked_loss_is_cross_entropy(scale):
     generator = torch.Generator().manual_seed(0)
-    x = (scale * torch.randn(2 * HeadLoss.ROWS + 3, 8, generator=generator)).requires_grad_()
+    x = (scale * torch.randn(2 * cpu.HeadLoss.ROWS + 3, 8, generator=generator)).requires_grad_()
     weight = torch.randn(300, 8, generator=generator, requires_grad=True)
     targets = torch.randint(300, (len(x),), generator=generator)
     expected = F.cross_entropy(F.linear(x, weight), targets)
     expected_grads = torch.autograd.grad(3 * expected, (x, weight))
-    found = HeadLoss.apply(x, weight, len(weight), targets)
+    found = cpu.HeadLoss.apply(x, weight, len(weight), targets)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(3 * found, (x, weight)), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * scale)
@@ -107,7 +107,7 @@ def test_the_chunked_loss_is_cross_entropy(scale):
 def test_a_loss_without_a_gradient_makes_none_and_the_next_one_is_right(first, monkeypatch):
     model, x = GPT(TINY), tokens(2, 16)
     expected = F.cross_entropy(model(x).flatten(0, 1), x.flatten())
-    train_gpt2.scratch.cache_clear()
+    cpu.scratch.cache_clear()
     with first(), monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "addmm_", None)  # with which the head's gradient is made
         torch.testing.assert_close(model(x, x), expected)
@@ -145,7 +145,7 @@ def test_gelu_made_again_has_the_same_gradients():
     shapes = ((2, 9, 48), (16, 48), (16,))
     x, weight, bias = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
     expected = F.linear(F.gelu(x, approximate="tanh"), weight, bias)
-    found = GeluLinear.apply(x, weight, bias)
+    found = cpu.GeluLinear.apply(x, weight, bias)
     assert torch.equal(found, expected)
     gradients = (torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (found, expected))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def test_a_few_rows_are_multiplied_as_many_are(rows, autocast):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 1, 48), (80, 48), (80,)))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        found, expected = linear(x, weight, bias), F.linear(x, weight, bias)
+        found, expected = cpu.linear(x, weight, bias), F.linear(x, weight, bias)
     assert found.is_contiguous()  # what comes next would be slow
     torch.testing.assert_close(found, expected)  # the type too
 

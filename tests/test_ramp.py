@@ -7,8 +7,10 @@ import torch
 from conftest import TINY, assert_same, losses, newest, run_script, run_train, stop_after, tiny_flags
 
 import train_gpt2
-from fineweb import UserError
-from train_gpt2 import Log, Sequences, TrainConfig, batch_tokens, check_batch, read_log, step_batches, tokens_before
+from support.cli import UserError
+from support.log import Log, draw_curves, read_log
+from support.world import World
+from train_gpt2 import Sequences, TrainConfig, batch_tokens, check_batch, step_batches, tokens_before
 
 # 16 sequences of 16 tokens a step, from 4 on, over five steps; the shards have 20.
 RAMP = {"batch_tokens": 256, "batch_ramp_from": 64, "batch_ramp_steps": 5}
@@ -121,12 +123,14 @@ def test_the_picture_shows_the_tokens_of_a_ramp(tmp_path, monkeypatch):
 
     drawn, real = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, x, *args, **style: drawn.append(x) or real(self, x, *args, **style))
-    log = Log(tmp_path / "log.jsonl", train_gpt2.World(0, 1, torch.device("cpu"), torch.float32))
+    log = Log(tmp_path / "log.jsonl", World(0, 1, torch.device("cpu"), torch.float32))
     log.write("start", 0, data="x", block_size=16, parameters=1, **RAMP)
+    for step, size in enumerate(SIZES, 1):
+        log.write("train", step, loss=3.0, tokens=size)
     for step in (0, 3, 7):
         log.write("val", step, loss=3.0, tokens=8)
-    train_gpt2.draw_curves(log.path, tmp_path / "curves.png")
-    assert drawn == [[0, sum(SIZES[:3]), sum(SIZES)]]
+    draw_curves(log.path, tmp_path / "curves.png")
+    assert drawn == [[sum(SIZES[:step]) for step in range(1, 8)], [0, sum(SIZES[:3]), sum(SIZES)]]
 
 
 def test_a_ramp_that_cannot_be_dealt_out_is_refused_with_the_mend(shards, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 from conftest import CPU, TINY, run_script, run_train, tiny_flags
 
 import train_gpt2
-from fineweb import END_OF_TEXT, tokenizer
+from support.tokens import END_OF_TEXT, tokenizer
 from train_gpt2 import GPT, SampleConfig, generate
 
 FULL = dataclasses.replace(TINY, vocab_size=50304)

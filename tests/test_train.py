@@ -26,18 +26,11 @@ from conftest import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_gpt2
-from fineweb import UserError
-from train_gpt2 import (
-    GPT,
-    Log,
-    Sequences,
-    TrainConfig,
-    learning_rate,
-    make_optimizer,
-    read_log,
-    step_batches,
-    train_step,
-)
+from support import checkpoint
+from support.cli import UserError
+from support.log import Log, draw_curves, read_log
+from support.world import World, peak_flops
+from train_gpt2 import GPT, Sequences, TrainConfig, learning_rate, make_optimizer, step_batches, train_step
 
 # ---------------------------------------------------------------- a step
 
@@ -103,9 +96,9 @@ def test_bfloat16_is_for_matrix_products_and_weights_stay_float32(shards, tmp_pa
 def test_the_peak_is_known_for_known_gpus_only(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     cuda = torch.device("cuda")
-    assert train_gpt2.peak_flops(cuda, torch.bfloat16) == peak
-    assert train_gpt2.peak_flops(cuda, torch.float32) is None
-    assert train_gpt2.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    assert peak_flops(cuda, torch.bfloat16) == peak
+    assert peak_flops(cuda, torch.float32) is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_gpt2_124m_takes_0_855_gflop_a_token():
@@ -152,7 +145,7 @@ def test_a_run_learns_and_logs_what_happened(shards, tmp_path, capsys):
     assert entry.keys() >= {"loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu"}
     assert entry["tokens_per_s"] * entry["ms"] / 1000 == pytest.approx(128)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in train_gpt2.find_checkpoints(out)] == ["ckpt_000004.pt", "ckpt_000006.pt"]
+    assert [path.name for path in checkpoint.find(out)] == ["ckpt_000004.pt", "ckpt_000006.pt"]
     assert newest(out).keys() == {"model", "optimizer", "step", "GPTConfig", "TrainConfig"}
     assert not list(out.glob("*.tmp"))
     assert "step     6/6 | loss" in capsys.readouterr().out
@@ -181,17 +174,8 @@ def test_two_ranks_train_like_one(shards, tmp_path):
 
 def test_a_rank_that_fails_ends_the_job(shards, tmp_path):
     # The first rank goes on into a collective that the second one never joins.
-    program = tmp_path / "fail_on_rank_1.py"
-    program.write_text(
-        "import os, sys, fineweb, train_gpt2\n"
-        "def step(*args, real=train_gpt2.train_step):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        raise fineweb.UserError('rank 1 fails here')\n"
-        "    return real(*args)\n"
-        "train_gpt2.train_step = step\n"
-        "sys.exit(fineweb.exit_status(train_gpt2.main, 'train_gpt2.py'))\n"
-    )
-    result = run_script([program, *tiny_flags(shards, tmp_path / "log")], ranks=2, timeout=60)
+    flags = tiny_flags(shards, tmp_path / "log")
+    result = run_script(["tests/hooks.py", "fail_on_rank_1", *flags], ranks=2, timeout=60)
     assert result.returncode != 0
     assert "train_gpt2.py [rank 1]: rank 1 fails here" in result.stderr
 
@@ -257,7 +241,7 @@ def test_a_killed_run_goes_on_with_the_same_command(unbroken, shards, tmp_path):
     out = tmp_path / "killed"
     flags = tiny_flags(shards, out, save_every=1)
     process = start_script(["train_gpt2.py", *flags])
-    while not train_gpt2.find_checkpoints(out) and process.poll() is None:
+    while not checkpoint.find(out) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -293,7 +277,7 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(unbroken, monkeypatch):
     config = TrainConfig(out_dir=str(out))
     for step in (6, 7):
         with pytest.raises(OSError, match="No space"):
-            train_gpt2.save_checkpoint(model, make_optimizer(model, config), step, config)
+            checkpoint.save(model, make_optimizer(model, config), step, config)
     monkeypatch.undo()
     assert_same(newest(out), before)
     assert not list(out.glob("*.tmp"))
@@ -342,7 +326,7 @@ def test_other_shards_than_the_run_began_with_are_refused(unbroken, shards, caps
 def test_what_does_not_matter_may_change(unbroken, shards, tmp_path):
     out, _ = unbroken
     moved = shutil.copytree(out, tmp_path / "elsewhere")
-    for path in train_gpt2.find_checkpoints(moved)[1:]:
+    for path in checkpoint.find(moved)[1:]:
         path.unlink()  # so that step 6 is taken once more
     changes = {"eval_every": 1, "save_every": 4, "val_tokens": 32, "micro_batch": 2, "dtype": "bfloat16"}
     assert run_train(tiny_flags(shards, moved, **changes)) == 0
@@ -413,12 +397,12 @@ def test_reference_lines_are_drawn_only_where_the_data_are_the_same(tmp_path, mo
     log = Log(tmp_path / "log.jsonl", CPU)
     log.write("start", 0, data=data, block_size=1024, batch_tokens=8, parameters=1)
     log.write("val", 0, loss=3.0, tokens=8)
-    train_gpt2.draw_curves(log.path, tmp_path / "curves.png")
+    draw_curves(log.path, tmp_path / "curves.png")
     assert drawn == [3.2924] * lines
 
 
 def test_ranks_that_see_different_checkpoints_stop(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2.World, "sum", lambda self, *values: [values[0] + 4])
+    monkeypatch.setattr(World, "sum", lambda self, *values: [values[0] + 4])
     config = TrainConfig(
         data_dir=str(shards), out_dir=str(tmp_path / "log"), batch_tokens=128, micro_batch=4, compile=False
     )

@@ -1,6 +1,5 @@
 """Files from anywhere: none runs code, none leads out of its folder, and what is damaged ends in a line."""
 
-import dataclasses
 import io
 import json
 import os
@@ -21,7 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fineweb
 import hellaswag
 import train_gpt2
-from fineweb import UserError
+from support import checkpoint
+from support.cli import UserError, exit_status
+from support.log import check_same_data
 
 ROWS = [
     {"ctx": "A man is", "ctx_a": "A man is", "ctx_b": "", "activity_label": "Running", "label": str(i % 4),
@@ -58,12 +59,12 @@ def marker(tmp_path) -> Path:
 def test_a_checkpoint_runs_no_code(shards, tmp_path, marker, place, door):
     out = tmp_path / "log"
     assert run_train(tiny_flags(shards, out, max_steps=3, save_every=3)) == 0
-    path = train_gpt2.find_checkpoints(out)[-1]
-    checkpoint = newest(out)
+    path = checkpoint.find(out)[-1]
+    content = newest(out)
     if place == "no archive":
         path.write_bytes(pickle.dumps(Evil(marker)))
     else:
-        torch.save(Evil(marker) if place == "the file" else checkpoint | {place: Evil(marker)}, path)
+        torch.save(Evil(marker) if place == "the file" else content | {place: Evil(marker)}, path)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     result = run_forked({
         "resume": ["train_gpt2", *tiny_flags(shards, out, max_steps=3)],
@@ -151,7 +152,7 @@ def test_a_line_about_a_file_commands_no_terminal(capsys):
     def fail():
         raise UserError("its name is \x1b[31m\x07red\r\nor not\u202e")
 
-    assert fineweb.exit_status(fail, "x.py") == 1
+    assert exit_status(fail, "x.py") == 1
     assert capsys.readouterr().err == "x.py: its name is ?[31m?red or not?\n"
 
 
@@ -219,17 +220,12 @@ RUN = {"max_steps": 3, "save_every": 3, "n_layer": 1, "eval_every": 0}
 
 
 def read_checkpoint(path: Path) -> None:
-    flags = vars(train_gpt2.command_line().parse_args(tiny_flags(path.parent, path.parent, **RUN)))
-    config, shape = (
-        kind(**{f.name: flags[f.name] for f in dataclasses.fields(kind) if f.name in flags})
-        for kind in (train_gpt2.TrainConfig, train_gpt2.GPTConfig)
-    )
-    train_gpt2.newest_checkpoint(config.out_dir)
+    checkpoint.newest(str(path.parent))
 
 
 def read_log(path: Path) -> None:
     data = train_gpt2.Sequences(str(path.parent.parent / "data"), "train", TINY)
-    train_gpt2.check_same_data(path, data, train_gpt2.TrainConfig())
+    check_same_data(path, data, train_gpt2.TrainConfig())
 
 
 def read_dataset(path: Path) -> None:
@@ -268,7 +264,7 @@ def seeds(tmp_path: Path) -> dict[str, tuple[Path, object]]:
         "npy shard": (next(npy.iterdir()), read_shard),
         "bin shard": (next(binary.iterdir()), read_shard),
         "manifest": (made / "manifest.json", read_manifest),
-        "checkpoint": (train_gpt2.find_checkpoints(out)[-1], read_checkpoint),
+        "checkpoint": (checkpoint.find(out)[-1], read_checkpoint),
         "log": (out / "log.jsonl", read_log),
         "JSON lines": (tmp_path / "jsonl" / "a.jsonl", read_dataset),
         "parquet": (tmp_path / "parquet" / "a.parquet", read_dataset),
@@ -321,11 +317,11 @@ def test_a_run_resumes_beside_a_mutated_log(shards, tmp_path):
 def test_an_optimizer_state_of_another_shape_never_reaches_a_fused_kernel(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", max_steps=4, save_every=2, eval_every=0)
     assert run_train(flags) == 0
-    train_gpt2.find_checkpoints(tmp_path / "log")[-1].unlink()
-    path, checkpoint = train_gpt2.find_checkpoints(tmp_path / "log")[-1], newest(tmp_path / "log")
-    state = checkpoint["optimizer"]["state"][1]
+    checkpoint.find(tmp_path / "log")[-1].unlink()
+    path, content = checkpoint.find(tmp_path / "log")[-1], newest(tmp_path / "log")
+    state = content["optimizer"]["state"][1]
     state["exp_avg"] = state["exp_avg"][:1]
-    torch.save(checkpoint, path)
+    torch.save(content, path)
     with pytest.raises(ValueError, match=r"the optimizer's exp_avg in the checkpoint has shape \(1, 16\)"):
         run_train(flags)
 

@@ -1,0 +1,168 @@
+"""The processes of a run: who they are, what they compute on, how they are asked to stop."""
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from support.cli import UserError, one_line
+
+# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; the names are matched as whole words.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125,
+    "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak of a known GPU in FLOP/s, None for any other device and for float32."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if re.search(r"\b(Ti|D|Laptop|MIG)\b", name):  # part of a GPU, or a lesser one
+        return None
+    return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among those of the run, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; on CUDA without waiting for the copy."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The average of a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def sum(self, *values: float) -> list[float]:
+        """Each number added up over all ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
+    """The device that --device names, for this process among those on the machine; UserError if it isn't there."""
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available() and local_size == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: take auto, cuda, cuda:1 (for example), mps or cpu", status=2)
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here, take --device cpu")
+    if device.type == "cuda":
+        found, index = torch.cuda.device_count(), local_rank if local_size > 1 else device.index or 0
+        if max(index + 1, local_size) > found:
+            wanted = f"--device {name} for {local_size} processes: this machine has {found} CUDA devices"
+            raise UserError(f"{wanted}, take fewer processes or --device cpu")
+        device = torch.device("cuda", index)
+    return device
+
+
+@contextmanager
+def join_world(config) -> Iterator[World]:
+    """This process's World: alone, or one of those that torchrun started, joined through torch.distributed."""
+    variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in variables)
+    device, dtype = pick_device(config.device, local_rank, local_size), config.dtype
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
+    if dtype == "auto":
+        dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    world = World(rank, size, device, getattr(torch, dtype))
+    if size == 1:
+        yield world
+        return
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        # github.com/pytorch/pytorch/issues/135712: ranks would look for each other where the ones before them were,
+        # but for a prefix on which they agree. Several agents don't: each counts its own restarts.
+        if local_size < size:
+            mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {mend}")
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if on_cuda else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other ranks ({one_line(error)}): start them with torchrun") from None
+    try:
+        yield world
+    except RuntimeError as error:
+        gone = "gloo/|NCCL|[Cc]onnection (closed|reset|refused)"
+        if not isinstance(error, dist.DistError) and not re.search(gone, str(error)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than the line that says why
+        mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
+        raise UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})") from None
+    # After an error the others may sit in a collective that this rank will never join, and NCCL would wait for them.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def stop_requests(requests: list[float]) -> Iterator[None]:
+    """Put the time of a first SIGTERM or SIGINT into a list, to be looked at; let the next one end the process at once.
+
+    What comes within a second is the same request, passed on by torchrun or Slurm as well. A thread listens, as Python
+    calls a handler only after the operation at work, which can take seconds, or wait for a rank that hangs.
+    """
+    ear, mouth = socket.socketpair()
+    mouth.setblocking(False)
+
+    def listen() -> None:
+        while heard := ear.recv(1):
+            if heard[0] in before:
+                if requests and time.monotonic() - requests[0] > 1:
+                    os._exit(128 + heard[0])
+                requests.append(time.monotonic())
+
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.set_wakeup_fd(mouth.fileno())
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        mouth.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
