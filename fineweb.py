@@ -1,14 +1,14 @@
 """Turn text into the shards that train_gpt2.py reads.
 
-    python fineweb.py                           # edu_fineweb10B/: FineWeb-Edu, 10B tokens, from the Hugging Face Hub
+    python fineweb.py                           # FineWeb-Edu, 10B tokens, into edu_fineweb10B/
     python fineweb.py --max_tokens 500000000    # its first 500M tokens
-    python fineweb.py --dataset my_texts        # a folder of .parquet, .jsonl, .jsonl.gz or .txt files
-    python fineweb.py --demo                    # demo_data/: prose that comes with Python, no network
+    python fineweb.py --dataset my_texts        # a folder of .parquet, .jsonl(.gz) or .txt
+    python fineweb.py --demo                    # prose that comes with Python, into demo_data/
 
-A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then PREFIX_train_000001.npy
-and so on. Documents follow each other, each one opened by <|endoftext|>, and run on from one shard into the next. In
-parquet and JSON lines a document is the field "text" of a row; a .txt file is one document. manifest.json tells what
-the shards were made from and what is in them. The same command again goes on after the last shard.
+A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then
+PREFIX_train_000001.npy and so on. Documents follow each other, each opened by <|endoftext|>, across
+shards. In parquet and JSON lines a document is the field "text" of a row; a .txt file is one.
+manifest.json says what the shards were made from. The same command resumes after the last shard.
 """
 
 import ast
@@ -30,77 +30,60 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from support.cli import Parser, UserError, exit_status, one_line
-from support.files import DAMAGE, prefetch, read_plain, whole_file, whole_folder
-from support.tokens import (
-    END_OF_TEXT,
-    N_VOCAB,
-    RANKS_SHA256,
-    encode_document,
-    open_shard,
-    tokenizer,
-)
+from support.cli import Parser, UserError, one_line, run_script
+from support.files import DAMAGE, prefetch, whole_file, whole_folder
+from support.tokens import END_OF_TEXT, N_VOCAB, RANKS_SHA256, encode_document, find_shards, open_shard, tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-SAMPLED = (FINEWEB_EDU, "HuggingFaceFW/fineweb")  # which have a folder sample/10BT
 DEMO_DIR = "demo_data"
-AGAIN = "complete shards are kept, and the same command again goes on after them"
-
+AGAIN = "complete shards are kept, and the same command again resumes after them"
 
 # ---------------------------------------------------------------- tokens
 
-BATCH_CHARACTERS = 1_000_000  # what a worker gets at once: some 30 ms of work
-
-Batch = tuple[list[int], float, list[str]]  # file and row of the first text, fraction of the dataset read, the texts
-
-
-def fast_tokenizer(**kwargs):
-    """The GPT-2 encoding as a GPT2Tokenizer of `transformers`, which takes <|endoftext|> in a text for that token."""
-    from transformers import GPT2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    ranks = {tokenizer().decode_single_token_bytes(rank): rank for rank in range(END_OF_TEXT)}
-    letters = bytes_to_unicode()
-    names = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in ranks:  # encoded until two parts are left, which are those that its merge joins
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, N_VOCAB) for a, b in pairwise(parts)]
-            first = joined.index(min(joined))
-            parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
-            merges.append((names[parts[0]], names[parts[1]]))
-    vocabulary = {names[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": END_OF_TEXT}
-    return GPT2Tokenizer(vocab=vocabulary, merges=merges, **kwargs)
+# What a worker gets at once: some 30 ms of work.
+BATCH_CHARACTERS = 1_000_000
 
 
-def encode_batch(batch: Batch) -> tuple[list[int], float, np.ndarray]:
-    """A batch with its texts replaced by their tokens, (N,) uint16."""
-    place, fraction, texts = batch
-    text = "".join(f"<|endoftext|>{text}" for text in texts)
-    if text.count("<|endoftext|>") == len(texts):
+class Place(NamedTuple):
+    """A place in the dataset: `skip` tokens on from the start of a row of a file."""
+
+    file: int
+    row: int
+    skip: int = 0
+
+
+class Batch(NamedTuple):
+    """Some documents, or their tokens (N,) uint16 with an <|endoftext|> before each."""
+
+    place: Place  # of the first
+    fraction: float  # of the dataset, up to the end of the last
+    content: list[str] | np.ndarray
+
+
+def encode_batch(batch: Batch) -> Batch:
+    """The batch with its documents replaced by their tokens."""
+    text = "".join(f"<|endoftext|>{text}" for text in batch.content)
+    if text.count("<|endoftext|>") == len(batch.content):
         with suppress(ValueError):  # the same tokens by one call, in which Python's lock is free
-            return place, fraction, tokenizer().encode_to_numpy(text, allowed_special="all").astype(np.uint16)
-    return place, fraction, np.concatenate([encode_document(text) for text in texts])
+            tokens = tokenizer().encode_to_numpy(text, allowed_special="all")
+            return batch._replace(content=tokens.astype(np.uint16))
+    return batch._replace(content=np.concatenate([encode_document(text) for text in batch.content]))
 
 
-def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
-    """encode_batch() of each batch, in order; with more than one worker in threads."""
-    if workers == 1:
-        yield from map(encode_batch, batches)
-        return
+def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[Batch]:
+    """encode_batch() of each batch, in order, by threads."""
     tokenizer()  # made once, not by each of them
     pool = ThreadPoolExecutor(workers)
     try:
         # Enough in advance to keep them busy while a shard is written.
-        yield from prefetch(encode_batch, batches, 2 * workers + 30, pool.submit)
+        yield from prefetch(encode_batch, batches, 2 * workers + 30, pool)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -110,9 +93,12 @@ def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
 SHARD = re.compile(r"[\w.-]*_(train|val)_\d+\.(npy|bin)", re.ASCII)
 
 
-def pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """A shard in pieces that are small enough to work on in memory."""
-    return (tokens[start : start + 2**20] for start in range(0, len(tokens), 2**20))
+def count_ids(tokens: np.ndarray) -> np.ndarray:
+    """How often each id occurs in a shard, (65536,) int64; in pieces, for the memory."""
+    counts = np.zeros(2**16, dtype=np.int64)
+    for start in range(0, len(tokens), 2**20):
+        counts += np.bincount(tokens[start : start + 2**20], minlength=2**16)
+    return counts
 
 
 @dataclass
@@ -127,10 +113,9 @@ class Manifest:
     tokenizer: str = RANKS_SHA256
     prefix: str = ""  # of the shards' names
     commit: str | None = None  # what the Hub resolved the revision to; None for a folder
-    files: dict = field(default_factory=dict)  # of the dataset, in the order they are read, with their bytes
+    files: dict = field(default_factory=dict)  # of the dataset, as they are read, and their bytes
     complete: bool = False
-    # Where the next shard begins: [file, row, skip] is `skip` tokens on from the start of that row of that file.
-    resume_at: list = field(default_factory=lambda: [0, 0, 0])
+    resume_at: list = field(default_factory=lambda: [0, 0, 0])  # the Place where the next shard begins
     documents: int = 0
     shards: list = field(default_factory=list)  # {"name", "tokens", "sha256"} of each
     token_ids: list = field(default_factory=list)  # those that occur
@@ -141,33 +126,23 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """The manifest of a folder; UserError if it is missing or damaged."""
+        """That of a folder; UserError if it is damaged, leads outside, or a shard has another length."""
         path = folder / "manifest.json"
         try:
-            manifest = cls(**json.loads(read_plain(path)))
-            numbers = [*manifest.resume_at, *manifest.token_ids, *manifest.files.values()]
-            numbers += [shard["tokens"] for shard in manifest.shards]
-            if not (
-                all(isinstance(getattr(manifest, f.name), f.type) for f in dataclasses.fields(cls))
-                and all(type(number) is int and number >= 0 for number in numbers)
-                and all(SHARD.fullmatch(shard["name"]) for shard in manifest.shards)
-                and not any(name.startswith("/") or ".." in Path(name).parts for name in manifest.files)
-                and len(manifest.resume_at) == 3
-                and manifest.resume_at[0] <= len(manifest.files)
-                and max(manifest.token_ids, default=0) < N_VOCAB
-                and re.fullmatch(r"[\w.-]+", manifest.prefix)
-            ):
-                raise ValueError("an entry has a value that it cannot have")
+            manifest = cls(**json.loads(path.read_bytes()))
+            names = [shard["name"] for shard in manifest.shards] + [manifest.shard_name(0)]
+            if not all(SHARD.fullmatch(name) for name in names):
+                raise ValueError("a shard has a name that it cannot have")
+            if any(name.startswith("/") or ".." in Path(name).parts for name in manifest.files):
+                raise ValueError("a file leads out of the dataset")
+            lengths = [shard["tokens"] for shard in manifest.shards]
         except DAMAGE as error:
-            mend = f"restore it, or delete {folder} and start again"
-            raise UserError(f"cannot read {path}: {one_line(error)}: {mend}") from None
+            fix = f"restore it, or delete {folder} and start again"
+            raise UserError(f"cannot read {path}: {one_line(error)}: {fix}") from None
+        for name, length in zip(names, lengths, strict=False):
+            if len(open_shard(folder / name)) != length:
+                raise UserError(f"{folder / name} is not what manifest.json says: delete {folder} and start again")
         return manifest
-
-    def check_sizes(self, folder: Path) -> None:
-        """Raise UserError unless its shards are in the folder, with as many tokens; what these are is not looked at."""
-        for shard in self.shards:
-            if len(open_shard(path := folder / shard["name"])) != shard["tokens"]:
-                raise UserError(f"{path} is not what manifest.json says: delete {folder} and start again")
 
     def save(self, folder: Path) -> None:
         """Replace manifest.json, whole or not at all, with a line for each field."""
@@ -175,16 +150,15 @@ class Manifest:
         with whole_file(folder / "manifest.json") as file:
             file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
-    def add(self, path: Path, resume_at: list[int], complete: bool) -> None:
-        """Enter a shard as it is on the disk, and where the next one begins; UserError if it is not one of GPT-2."""
-        tokens, seen = open_shard(path), np.zeros(2**16, dtype=bool)
-        seen[self.token_ids] = True
-        for piece in pieces(tokens):
-            seen[piece] = True
-            self.documents += int(np.count_nonzero(piece == END_OF_TEXT))
-        self.token_ids = np.flatnonzero(seen).tolist()
-        if seen[N_VOCAB:].any():
-            raise UserError(f"{path} holds token {self.token_ids[-1]}, which GPT-2 does not have: replace the file")
+    def add(self, path: Path, resume_at: Place, complete: bool) -> None:
+        """Enter a shard, and where the next one begins; UserError if its tokens are not GPT-2's."""
+        tokens = open_shard(path)
+        counts = count_ids(tokens)
+        if counts[N_VOCAB:].any():
+            wrong = np.flatnonzero(counts)[-1]
+            raise UserError(f"{path} holds token {wrong}, which GPT-2 does not have: replace the file")
+        self.token_ids = sorted({*self.token_ids, *np.flatnonzero(counts).tolist()})
+        self.documents += int(counts[END_OF_TEXT])
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.shards.append({"name": path.name, "tokens": len(tokens), "sha256": digest})
@@ -201,7 +175,7 @@ class Manifest:
 
 
 def enter_shard(path: Path, folder: Path, manifest: Manifest, resume_at: list, complete: bool) -> None:
-    """Enter a shard in the manifest, and move it beside that; where no terminal shows a bar, say so in a line."""
+    """Enter a shard in the manifest, and move it beside that; say so where no bar shows it."""
     manifest.add(path, resume_at, complete)
     path.replace(folder / path.name)
     manifest.save(folder)
@@ -210,7 +184,7 @@ def enter_shard(path: Path, folder: Path, manifest: Manifest, resume_at: list, c
 
 
 def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, resume_at: list, complete: bool = False) -> None:
-    """Write the next shard, then the manifest; a run that is killed between the two writes the same shard again."""
+    """Write the next shard, then the manifest; killed between the two, the shard is written again."""
     path = folder / manifest.shard_name(len(manifest.shards))
     with whole_file(path) as file:
         # The same bytes as np.save(), which would hide that the disk is full.
@@ -219,135 +193,134 @@ def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, resume_at:
     enter_shard(path, folder, manifest, resume_at, complete)
 
 
-def find_token_ids(paths: list[Path]) -> list[int]:
-    """The ids that occur in the shards of one folder, in ascending order.
-
-    They come from manifest.json if it is about these very shards. Else they are counted, and kept in token_ids.json
-    until a shard changes.
-    """
-    folder, sizes = paths[0].parent, {path.name: len(open_shard(path)) for path in paths}
+def find_token_ids(data_dir: str, n_vocab: int) -> list[int]:
+    """The ids that occur in a folder's shards, ascending; UserError unless all are below n_vocab."""
+    paths, token_ids = find_shards(data_dir, "train|val"), None
     with suppress(UserError):
-        manifest = Manifest.load(folder)
-        if {shard["name"]: shard["tokens"] for shard in manifest.shards} == sizes:
-            return manifest.token_ids
-    cache = folder / "token_ids.json"
-    known = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-    with suppress(*DAMAGE):
-        cached = json.loads(read_plain(cache))
-        if cached["shards"] == known and all(type(i) is int and 0 <= i < 2**16 for i in cached["token_ids"]):
-            return cached["token_ids"]
-    seen = np.zeros(2**16, dtype=bool)
-    with tqdm(total=sum(sizes.values()), desc="which tokens occur", unit="tok", unit_scale=True, disable=None) as bar:
-        for path in paths:
-            for piece in pieces(open_shard(path)):
-                seen[piece] = True
-                bar.update(len(piece))
-    token_ids = np.flatnonzero(seen).tolist()
-    with suppress(OSError), whole_file(cache) as file:  # it is no harm if the folder can't be written
-        file.write(json.dumps({"shards": known, "token_ids": token_ids}).encode())
+        manifest = Manifest.load(Path(data_dir))
+        if {shard["name"] for shard in manifest.shards} == {path.name for path in paths}:
+            token_ids = manifest.token_ids
+    if token_ids is None:
+        counts = np.zeros(2**16, dtype=np.int64)
+        for path in tqdm(paths, desc="which tokens occur", unit="shard", disable=None):
+            counts += count_ids(open_shard(path))
+        token_ids = np.flatnonzero(counts).tolist()
+    if not token_ids or token_ids[-1] >= n_vocab:
+        what = f"token {token_ids[-1]}, the model knows {n_vocab}" if token_ids else "no tokens"
+        raise UserError(f"{data_dir} holds {what}: replace the shards, or a manifest.json that is not about them")
     return token_ids
 
 
-def show_progress(encoded: Iterable[tuple], manifest: Manifest) -> Iterator[tuple]:
-    """Hand on places and tokens; on a terminal, show in a bar how far they are."""
-    quiet = None if manifest.files else True  # None is tqdm's way to say: unless it is a terminal
-    with tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
-        bar.set_description_str("waiting for text")
-        for place, fraction, tokens in encoded:
-            yield place, tokens
-            now = bar.n + len(tokens)
-            bar.total = min(manifest.max_tokens or sys.maxsize, round(now / max(fraction, 1e-9)))
-            bar.set_description_str(manifest.shard_name(now // manifest.shard_tokens), refresh=False)
-            bar.update(len(tokens))
-
-
 def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1) -> None:
-    """Tokenize batches, which begin with the row of manifest.resume_at, into shards, until their end or max_tokens.
-
-    Raises UserError if there is too little text for any, OSError if one can't be written.
-    """
+    """Tokenize batches from manifest.resume_at on, until their end or max_tokens."""
     buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
-    to_skip, to_take = manifest.resume_at[2], (manifest.max_tokens or sys.maxsize) - manifest.tokens
-    with closing(encode_batches(batches, workers)) as encoded:
-        for (file, row), tokens in show_progress(encoded, manifest):
-            at = min(to_skip, len(tokens))  # how much of `tokens` is done with
+    to_skip, most = manifest.resume_at[2], manifest.max_tokens or sys.maxsize
+    to_take = most - manifest.tokens
+    quiet = None if manifest.files else True  # None is tqdm's way to say: unless it is a terminal
+    bar = tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=quiet, dynamic_ncols=True)
+    with bar, closing(encode_batches(batches, workers)) as encoded:
+        for batch in encoded:
+            tokens = batch.content
+            at = min(to_skip, len(tokens))  # how many of them are dealt with
             to_skip -= at
             while at < len(tokens) and to_take:
                 if filled == len(buffer):
-                    write_shard(buffer, folder, manifest, [file, row, at])
+                    write_shard(buffer, folder, manifest, batch.place._replace(skip=at))
                     filled = 0
                 taken = min(len(tokens) - at, len(buffer) - filled, to_take)
                 buffer[filled : filled + taken] = tokens[at : at + taken]
-                at, filled, to_take = at + taken, filled + taken, to_take - taken
+                at += taken
+                filled += taken
+                to_take -= taken
             if not to_take:
                 break
-    begin = 0 if manifest.shards else max(1, filled // 10)  # of what fills no more than one, a tenth
+            bar.total = min(most, round((bar.n + len(tokens)) / batch.fraction))
+            bar.update(len(tokens))
+    # What fills no more than one shard is cut in two: a tenth for validation.
+    begin = 0 if manifest.shards else max(1, filled // 10)
     if begin >= filled:
         raise UserError(f"{manifest.dataset} has too little text, or less than it had")
     if begin:
-        write_shard(buffer[:begin], folder, manifest, [0, 0, begin])  # so many tokens from the start of the dataset
+        write_shard(buffer[:begin], folder, manifest, Place(0, 0, begin))
     write_shard(buffer[begin:filled], folder, manifest, manifest.resume_at, complete=True)
 
 
-# ---------------------------------------------------------------- sources: a folder, or a dataset on the Hub
+# ---------------------------------------------------------------- sources
+
+# Each row as a dict, None for an empty line, and the fraction of the file read so far.
+Rows = Iterator[tuple[dict | None, float]]
 
 
-def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[tuple[dict | None, float]]:
-    """The rows of a .parquet, .jsonl(.gz) or .txt file, None for an empty line, with the fraction read so far.
+def read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
+    from pyarrow.parquet import ParquetFile
 
-    Of a parquet file only the columns, all of which it must have. Raises what its reader does, some of DAMAGE.
-    """
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import ParquetFile
-
-        with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            if lacking := [name for name in columns if name not in file.schema_arrow.names]:
-                raise ValueError(f"no column named {lacking[0]}, only {', '.join(file.schema_arrow.names)}")
-            batches = file.iter_batches(64, columns=columns)
-            for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+    with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        lacking = [name for name in columns if name not in file.schema_arrow.names]
+        if lacking:
+            raise ValueError(f"no column named {lacking[0]}, only {', '.join(file.schema_arrow.names)}")
+        row = 0
+        for batch in file.iter_batches(64, columns=columns):
+            for record in batch.to_pylist():
+                row += 1
                 yield record, row / file.metadata.num_rows
-    elif path.suffix == ".txt":
-        yield {"text": path.read_bytes().decode()}, 1.0
-    else:
-        size = path.stat().st_size
-        with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
-            for line in lines:
-                yield json.loads(line) if line.strip() else None, file.tell() / size
+
+
+def read_json_lines(path: Path, columns: tuple[str, ...]) -> Rows:
+    size = path.stat().st_size
+    with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
+        for line in lines:
+            yield json.loads(line) if line.strip() else None, file.tell() / size
+
+
+def read_text(path: Path, columns: tuple[str, ...]) -> Rows:
+    yield {"text": path.read_bytes().decode()}, 1.0
+
+
+# To read another format, add its suffix and a reader.
+READERS = {".parquet": read_parquet, ".jsonl": read_json_lines, ".jsonl.gz": read_json_lines, ".txt": read_text}
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Rows:
+    """The rows of a file, by its reader; what that raises for a damaged one is among DAMAGE."""
+    reader = next(READERS[suffix] for suffix in READERS if path.name.endswith(suffix))
+    return reader(path, columns)
 
 
 def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
-    """The texts from the row of manifest.resume_at on, by about BATCH_CHARACTERS; UserError for what can't be read."""
+    """The texts from manifest.resume_at on, by about BATCH_CHARACTERS; UserError for a bad row."""
     begin, first, _ = manifest.resume_at
-    sizes = [*manifest.files.values()]
+    sizes = list(manifest.files.values())
     total, before = sum(sizes) + 1, sum(sizes[:begin]) + 1  # never 0
-    place, texts, characters = [begin, first], [], 0
+    place, texts, characters = Place(begin, first), [], 0
     for number, path in enumerate(paths, begin):
         row = first
         try:
             for record, fraction in islice(read_rows(path), first, None):
-                if not isinstance(text := None if record is None else record["text"], str | None):
+                text = None if record is None else record["text"]
+                if not isinstance(text, str | None):
                     raise ValueError(f"text is {type(text).__name__}, not a string")
-                if text is not None:  # null is no document
+                if text is not None:
                     texts.append(text)
                     characters += len(text) + 1
                 row += 1
                 if characters >= BATCH_CHARACTERS:
-                    yield place, (before + fraction * sizes[number]) / total, texts
-                    place, texts, characters = [number, row], [], 0
+                    yield Batch(place, (before + fraction * sizes[number]) / total, texts)
+                    place, texts, characters = Place(number, row), [], 0
         except DAMAGE as error:
-            mend = "delete it if it was downloaded, and run the same command again; else mend it and start again"
-            raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {mend}") from None
-        before, first = before + sizes[number], 0
+            fix = "delete it if it was downloaded and run the same command again, else repair it"
+            raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {fix}") from None
+        before += sizes[number]
+        first = 0
         if texts and (manifest.commit or number == len(sizes) - 1):  # don't keep texts waiting for a download
-            yield place, before / total, texts
-            place, texts, characters = [number + 1, 0], [], 0
+            yield Batch(place, before / total, texts)
+            place, texts, characters = Place(number + 1, 0), [], 0
 
 
-HUB_MEND = f"check the network, --dataset, --subset and --revision; {AGAIN}"
+HUB_FIX = f"check the network, --dataset, --subset and --revision; {AGAIN}"
 
 
-def ask_hub(function: Callable, *args, tries: int = 3, mend: str = HUB_MEND, **kwargs):
-    """function(...) of huggingface_hub, tried so many times; UserError, which ends in `mend`, if it fails for good."""
+def ask_hub(function: Callable, *args, tries: int = 3, fix: str = HUB_FIX, **kwargs):
+    """function(...) of huggingface_hub, tried so many times; UserError, which ends in `fix`."""
     for left in reversed(range(tries)):
         try:
             return function(*args, **kwargs)
@@ -355,42 +328,51 @@ def ask_hub(function: Callable, *args, tries: int = 3, mend: str = HUB_MEND, **k
             if isinstance(error, OSError) and error.errno:  # of the disk
                 raise
             if not left:
-                raise UserError(f"the Hub: {one_line(error)}: {mend}") from None
+                raise UserError(f"the Hub: {one_line(error)}: {fix}") from None
             time.sleep(1)
 
 
 def find_source(manifest: Manifest) -> None:
-    """Enter in a new manifest the files to read, and the commit if they are on the Hub; UserError if there are none."""
-    place, names, tokens = Path(manifest.dataset, manifest.subset), [], 0
-    if Path(manifest.dataset).is_dir():
-        suffixes = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+    """Enter in a new manifest the files to read; UserError if there are none."""
+    place = Path(manifest.dataset, manifest.subset)
+    if os.path.isdir(manifest.dataset):
         files = {path.name: path.stat().st_size for path in place.glob("[!.]*") if path.is_file()}
-    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
-        raise UserError(f"there is no folder {manifest.dataset} (on the Hub, a dataset would be OWNER/NAME)")
+        suffixes, names = tuple(READERS), []
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
+        files = list_hub(manifest)
+        suffixes, names = (".parquet",), ready_made_shards(files, manifest.max_tokens or sys.maxsize)
     else:
-        from huggingface_hub import HfApi
-
-        suffixes, hub = (".parquet",), HfApi()
-        manifest.commit = ask_hub(hub.dataset_info, manifest.dataset, revision=manifest.revision).sha
-        tree = partial(hub.list_repo_tree, repo_type="dataset", revision=manifest.commit, recursive=True)
-        entries = ask_hub(lambda: list(tree(manifest.dataset, manifest.subset or None)))
-        files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
-        # Ready-made shards, those for validation first, as many as max_tokens takes; there are two bytes in a token.
-        shards = [name for name in files if name.endswith(".bin") and SHARD.fullmatch(Path(name).name)]
-        for name in sorted(shards, key=lambda name: ("_val_" not in name, name)):
-            if tokens < (manifest.max_tokens or sys.maxsize) or "_train_" not in names[-1]:
-                names.append(name)
-                tokens += files[name] // 2 - 512
-        if len({Path(name).name for name in names}) < len(names):
-            raise UserError(f"several shards in {place} have the same name: choose a folder of it with --subset")
+        raise UserError(f"there is no folder {manifest.dataset} (on the Hub, a dataset would be OWNER/NAME)")
     names = names or sorted(name for name in files if name.endswith(suffixes))
     if not names:
         raise UserError(f"no {', '.join(suffixes)} files in {place}: check --dataset and --subset")
     manifest.files = {name: files[name] for name in names}
 
 
+def list_hub(manifest: Manifest) -> dict[str, int]:
+    """A dataset's files on the Hub, with their bytes, at a commit that is entered in the manifest."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    manifest.commit = ask_hub(hub.dataset_info, manifest.dataset, revision=manifest.revision).sha
+    tree = partial(hub.list_repo_tree, repo_type="dataset", revision=manifest.commit, recursive=True)
+    entries = ask_hub(lambda: list(tree(manifest.dataset, manifest.subset or None)))
+    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+
+
+def ready_made_shards(files: dict[str, int], max_tokens: int) -> list[str]:
+    """Shards on the Hub: those for validation, then as many as max_tokens takes, at least one."""
+    shards = [name for name in files if name.endswith(".bin") and SHARD.fullmatch(Path(name).name)]
+    names, tokens = [], 0
+    for name in sorted(shards, key=lambda name: ("_val_" not in name, name)):
+        if tokens < max_tokens or "_train_" not in names[-1]:
+            names.append(name)
+            tokens += files[name] // 2 - 512  # of two bytes, after a header of 1,024
+    return names
+
+
 def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Path]:
-    """The files from manifest.resume_at on; the Hub's are fetched one ahead, and deleted after use unless kept."""
+    """The files from manifest.resume_at on, the Hub's one ahead, deleted after use unless kept."""
     names = [*manifest.files]
     done, left = names[: manifest.resume_at[0]], names[manifest.resume_at[0] :]
     if manifest.commit is None:
@@ -403,7 +385,7 @@ def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Pat
         raise UserError(f"{downloads} is a link, which may lead anywhere: remove it")
     disable_progress_bars()
     warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error soon enough
-    for path in [*downloads.rglob("*.incomplete"), *(downloads / name for name in done)]:  # a killed run left them
+    for path in (*downloads.rglob("*.incomplete"), *(downloads / name for name in done)):  # a killed run's
         path.unlink(missing_ok=True)
     folder = None if keep else downloads  # None is the Hub's own cache
     download = partial(hf_hub_download, repo_type="dataset", revision=manifest.commit, local_dir=folder)
@@ -417,40 +399,34 @@ def take_shards(paths: Iterable[Path], folder: Path, manifest: Manifest) -> None
     """Check ready-made shards and move them into the folder."""
     begin, end = manifest.resume_at[0], len(manifest.files)
     for number, path in enumerate(tqdm(paths, initial=begin, total=end, unit="shard", disable=None), begin + 1):
-        enter_shard(path, folder, manifest, [number, 0, 0], number == end)
+        enter_shard(path, folder, manifest, Place(number, 0), number == end)
 
 
 # ---------------------------------------------------------------- the whole job
 
 
 def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
-    """The manifest of a folder, None if it has no shards; UserError if their settings differ, or some are missing."""
+    """The manifest of a folder, None if it has no shards; UserError if it has other settings."""
     if not (folder / "manifest.json").exists():
         if any(SHARD.fullmatch(path.name) for path in folder.glob("*")):
-            raise UserError(f"{folder} holds shards, but no manifest.json to go on from: give another --out_dir")
+            raise UserError(f"{folder} holds shards, but no manifest.json to resume from: give another --out_dir")
         return None
     manifest = Manifest.load(folder)
     for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "tokenizer"):
-        if (was := getattr(manifest, name)) != (now := getattr(wanted, name)):
+        was, now = getattr(manifest, name), getattr(wanted, name)
+        if was != now:
             raise UserError(f"{folder} has shards with {name} {was}, not {now}: give another --out_dir")
-    manifest.check_sizes(folder)
     return manifest if manifest.shards else None
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError if a folder has a manifest.json, and the shards beside it are not all there."""
-    if (folder / "manifest.json").exists():
-        manifest = Manifest.load(folder)
-        manifest.check_sizes(folder)
-        if not manifest.complete:
-            raise UserError(f"{folder} lacks shards: run the `python fineweb.py` command that began it again")
+    """Raise UserError if a folder has a manifest.json, but not all of its shards."""
+    if (folder / "manifest.json").exists() and not Manifest.load(folder).complete:
+        raise UserError(f"{folder} lacks shards: run the `python fineweb.py` command that began it again")
 
 
 def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
-    """Make the shards with the wanted settings, or go on making them; whatever happens, complete shards stay.
-
-    Raises UserError for whatever the user can mend.
-    """
+    """Make the wanted shards, or go on; whatever happens, complete ones stay."""
     from filelock import FileLock, Timeout
 
     downloads, lock = folder / ".fineweb_downloads", folder / ".fineweb_lock"
@@ -466,7 +442,8 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
             if wanted.files and wanted.files != manifest.files:
                 raise UserError(f"the files in {wanted.dataset} are not those of the start: give another --out_dir")
             if not manifest.complete:
-                size, at = sum(manifest.files.values()) / 1e9, f" at {manifest.commit}" if manifest.commit else ""
+                size = sum(manifest.files.values()) / 1e9
+                at = f" at {manifest.commit}" if manifest.commit else ""
                 print(f"{manifest.dataset}{at}: {len(manifest.files)} files, {size:.2f} GB", file=sys.stderr)
                 manifest.save(folder)
                 ready_made = any(name.endswith(".bin") for name in manifest.files)
@@ -488,19 +465,17 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a folder; UserError unless it is complete, and the shards byte by byte what it says."""
-    manifest, faults = Manifest.load(folder), []
+    """The manifest of a folder; UserError unless it is complete, and right byte by byte."""
+    manifest = Manifest.load(folder)
     found = dataclasses.replace(manifest, documents=0, shards=[], token_ids=[])
     for shard in tqdm(manifest.shards, unit="shard", disable=None):
         found.add(folder / shard["name"], manifest.resume_at, manifest.complete)
-        if found.shards[-1] != shard:
-            faults.append(f"{shard['name']} is another")
-    if not faults and found != manifest:
-        faults.append("documents or token_ids differ")
-    names = {shard["name"] for shard in manifest.shards}
-    faults += [f"{p.name} is not in it" for p in folder.glob("*") if SHARD.fullmatch(p.name) and p.name not in names]
-    if faults:
-        raise UserError(f"{folder / 'manifest.json'} is not about these shards: {', '.join(faults)}")
+    names = {path.name for path in folder.glob("*") if SHARD.fullmatch(path.name)}
+    wrong = names.symmetric_difference(shard["name"] for shard in manifest.shards)
+    wrong |= {shard["name"] for shard in manifest.shards if shard not in found.shards}
+    if wrong or found != manifest:
+        what = ", ".join(sorted(wrong)) or "documents or token_ids"
+        raise UserError(f"{folder / 'manifest.json'} is not about these shards: {what} differ")
     if not manifest.complete:
         raise UserError(f"the shards in {folder} are right, but not complete: run the command that began them again")
     return manifest
@@ -510,15 +485,15 @@ def verify(folder: Path) -> Manifest:
 
 
 def demo_documents() -> list[str]:
-    """Prose that comes with every Python, by the page, in a random order, always the same: about 370,000 tokens."""
+    """Prose that comes with every Python, by the page, shuffled: about 370,000 tokens."""
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)]  # the language reference, which `help("for")` shows
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         with warnings.catch_warnings(action="ignore"):  # escape sequences in other people's strings
-            tree = ast.parse(path.read_bytes())  # never imported
-        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
-        docstrings = (ast.get_docstring(node) or "" for node in nodes)
+            nodes = ast.walk(ast.parse(path.read_bytes()))  # never imported
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+        docstrings = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
         texts += [text for text in docstrings if len(text) >= 100]
     # A page ends with the first blank line after 1,500 characters.
     documents = [page for text in texts for page in re.findall(r"(?s).{1500,}?\n\n|.+", text)]
@@ -527,17 +502,13 @@ def demo_documents() -> list[str]:
 
 
 def write_demo(out_dir: Path) -> None:
-    """Write the demo corpus as shards of 40,000 tokens, the folder all at once, unless there are shards in it."""
-    if any(out_dir.glob("*_train_*")):
-        return
-    if out_dir.exists():
-        raise UserError(f"{out_dir} is there already and holds no shards: remove it, or name another folder")
-    try:
-        with whole_folder(out_dir) as folder:
+    """Write the demo corpus as a folder of shards of 40,000 tokens, unless it is there."""
+    while not any(out_dir.glob("*_train_*")):
+        if out_dir.exists():
+            raise UserError(f"{out_dir} is there already and holds no shards: remove it, or name another folder")
+        with suppress(FileExistsError), whole_folder(out_dir) as folder:  # another may be faster
             manifest = Manifest("demo", "", "", shard_tokens=40_000, max_tokens=None)
-            write_shards([([0, 0], 1.0, demo_documents())], folder, manifest)
-    except FileExistsError:  # another process was faster
-        write_demo(out_dir)
+            write_shards([Batch(Place(0, 0), 1.0, demo_documents())], folder, manifest)
 
 
 # ---------------------------------------------------------------- command line
@@ -545,38 +516,31 @@ def write_demo(out_dir: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = Parser(prog="fineweb.py", description=__doc__)
-    add, switch = partial(parser.add_argument, metavar="X"), partial(parser.add_argument, action="store_true")
-    add("--out_dir", help="folder for the shards (default: edu_fineweb10B, or demo_data with --demo)")
+    parser = Parser("fineweb.py", __doc__)
+    add = partial(parser.add_argument, metavar="X")
+    switch = partial(parser.add_argument, action="store_true")
+    add("--out_dir", help="folder of the shards (default: edu_fineweb10B, or demo_data)")
     add("--dataset", default=FINEWEB_EDU, help="name on the Hub, or a folder (default: %(default)s)")
-    add("--subset", help="folder in the dataset (default: sample/10BT of FineWeb and FineWeb-Edu, else all)")
+    add("--subset", help="folder in the dataset (default: FineWeb's sample/10BT, else all)")
     add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100 million)")
+    add("--shard_tokens", type=int, default=10**8, help="tokens in a shard (default: 100 million)")
     add("--max_tokens", type=int, help="stop after so many tokens (default: take all)")
-    add("--workers", type=int, default=cores, help="threads that tokenize (default: the %(default)s usable cores)")
-    switch("--keep_downloads", help="keep the downloads, in the Hub's own cache (else two at a time are on the disk)")
+    add("--workers", type=int, default=cores, help="threads that tokenize (default: %(default)s)")
+    switch("--keep_downloads", help="keep the downloads, in the Hub's own cache")
     switch("--demo", help="write the demo corpus, which needs no network")
     switch("--verify", help="compare the shards in --out_dir with their manifest.json")
     args = parser.parse_args(argv)
-    for name, least, most in [("shard_tokens", 1, 2**30), ("max_tokens", 2, 2**53), ("workers", 1, 1024)]:
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name} {value} must be from {least} to {most}")
-    for name in ("out_dir", "dataset"):
-        if getattr(args, name) == "":
-            parser.error(f"--{name} is empty")
-    if args.demo:
-        for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "keep_downloads"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--demo takes no --{name}")
-    subset = args.subset if args.subset is not None else "sample/10BT" if args.dataset in SAMPLED else ""
+    if min(args.shard_tokens, args.workers, args.max_tokens or 1) < 1:
+        parser.error("--shard_tokens, --workers and --max_tokens must be above 0")
+    subset = args.subset
+    if subset is None:
+        subset = "sample/10BT" if args.dataset.startswith("HuggingFaceFW/fineweb") else ""
     folder = Path(args.out_dir or (DEMO_DIR if args.demo else "edu_fineweb10B"))
     if args.verify:
         manifest = verify(folder)
     elif args.demo:
         write_demo(folder)
-        print(f"the demo corpus is in {folder}", file=sys.stderr)
-        return
+        manifest = Manifest.load(folder)
     else:
         dataset = os.path.normpath(args.dataset) if os.path.isdir(args.dataset) else args.dataset
         wanted = Manifest(dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens)
@@ -587,4 +551,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(exit_status(main, "fineweb.py"))
+    run_script(main, "fineweb.py")

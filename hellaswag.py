@@ -11,10 +11,9 @@ right ending has the highest score, `acc_norm` those where it has the highest sc
     completion    the context, a space, the ending; length in tokens. OpenAI's GPT-2 124M: acc 0.2859, acc_norm 0.2955
     harness       texts and length (in characters) of lm-evaluation-harness.               acc 0.2892, acc_norm 0.3114
 
-The last line, on stdout, is a JSON object. train_gpt2.py calls evaluate() while it trains.
+The last line, on stdout, is a JSON object.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -23,29 +22,25 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import fineweb
-from support.cli import Parser, UserError, one_line, run_script
+from support.cli import Parser, UserError, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
 from support.tokens import END_OF_TEXT, encode_document
 from support.world import World, join_world
 
-if TYPE_CHECKING:
-    from train_gpt2 import GPT, GPTConfig
-
 DATASET = "Rowan/hellaswag"
 FILE = "data/validation-00000-of-00001.parquet"
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
-SHA256 = "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"
-FIELDS = {
-    "completion": ("ctx", "endings", "label"),
-    "harness": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-}
+FIELDS = {"completion": ("ctx", "endings", "label"),
+          "harness": ("activity_label", "ctx_a", "ctx_b", "endings", "label")}  # fmt: skip
 UNIT = {"completion": "tokens of the ending", "harness": "characters of the ending"}
 BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 1024}  # in a batch, with its padding
 LOGIT_ROWS = 768  # at a time: 155 MB in float32, and no fewer than a batch on a CPU usually needs
@@ -55,7 +50,7 @@ LOGIT_ROWS = 768  # at a time: 155 MB in float32, and no fewer than a batch on a
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a context and its four endings, the endings' lengths in characters, and which one is right."""
+    """Token ids of a context and four endings, their lengths in characters, and which is right."""
 
     row: int
     context: list[int]
@@ -64,34 +59,27 @@ class Example:
     label: int
 
 
-def fetch(sha256: str = SHA256) -> Path:
-    """The validation split in the Hub's cache, downloaded if need be; UserError if it can't be had or is another."""
+def fetch() -> Path:
+    """The validation split in the Hub's cache, downloaded if need be, or UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries are not worth a line each
     download = partial(hf_hub_download, DATASET, FILE, repo_type="dataset", revision=REVISION)
-    mend = "check the network, or name a local file (--data here, --hellaswag_data in training)"
-    path = Path(fineweb.ask_hub(download, tries=1, mend=mend))
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-        raise UserError(f"{path.resolve()} has the SHA-256 {found}, not {sha256}: delete it and try again")
-    return path
+    fix = "check the network, or name a local file (--data here, --hellaswag_data in training)"
+    return Path(fineweb.ask_hub(download, tries=1, fix=fix))
 
 
 def check(record: dict, style: str) -> None:
-    """Raise ValueError unless a row has the fields of a style, with values that they can have."""
-    if not isinstance(record, dict):
-        raise ValueError(f"it is {type(record).__name__}, not an object")
-    for name in FIELDS[style]:
-        if record.get(name) is None:
-            raise ValueError(f"the field {name} is missing")
-        if name not in ("endings", "label") and not isinstance(record[name], str):
-            raise ValueError(f"{name} is not a string: {record[name]!r}")
-    endings, label = record["endings"], record["label"]
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
-        raise ValueError(f"endings are not four strings, none of them empty: {endings!r}")
-    if str(label) not in ("0", "1", "2", "3"):
-        raise ValueError(f"label {label!r} is none of 0, 1, 2, 3")
+    """Raise ValueError unless a row has the fields of a style, as Rowan/hellaswag has them."""
+    lacking = [name for name in FIELDS[style] if record.get(name) is None]
+    if lacking:
+        raise ValueError(f"the field {lacking[0]} is missing")
+    endings = [ending for ending in record["endings"] if isinstance(ending, str) and ending.strip()]
+    if len(endings) != 4 or len(record["endings"]) != 4:
+        raise ValueError(f"endings are not four strings, none of them empty: {record['endings']!r}")
+    if str(record["label"]) not in ("0", "1", "2", "3"):
+        raise ValueError(f"label {record['label']!r} is none of 0, 1, 2, 3")
 
 
 def harness_text(text: str) -> str:
@@ -102,21 +90,18 @@ def harness_text(text: str) -> str:
 def make_example(row: int, record: dict, style: str) -> Example:
     """Tokenize a row that check() has passed."""
     context, endings = record.get("ctx"), record["endings"]
+    kept = context
     if style == "harness":
         context = harness_text(f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
-        endings = [harness_text(e) for e in endings]
-    # The harness counts spaces at the context's end as part of the endings.
-    kept = context.rstrip() if style == "harness" else context
-    tokens = [encode_document(text) for text in (kept, *(f"{context[len(kept) :]} {e}" for e in endings))]
-    context_ids, *ending_ids = (ids[1:].tolist() for ids in tokens)  # without the <|endoftext|> before a document
-    return Example(row, context_ids or [END_OF_TEXT], ending_ids, [*map(len, endings)], int(record["label"]))
+        endings = [harness_text(ending) for ending in endings]
+        kept = context.rstrip()  # it counts spaces at the context's end as part of the endings
+    texts = [kept] + [f"{context[len(kept) :]} {ending}" for ending in endings]
+    context_ids, *ending_ids = (encode_document(text)[1:].tolist() for text in texts)  # without <|endoftext|>
+    return Example(row, context_ids or [END_OF_TEXT], ending_ids, list(map(len, endings)), int(record["label"]))
 
 
 def read_examples(source: str, style: str, limit: int | None = None) -> list[Example]:
-    """The examples of a .parquet or .jsonl file, or, if that is "", of the validation split on the Hub.
-
-    Raises UserError, with the row, for what is not as it should be.
-    """
+    """The examples of a .parquet or .jsonl file, or, if that is "", the Hub's; UserError if bad."""
     path, row, examples = Path(source) if source else fetch(), 0, []
     if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
         raise UserError(f"{path} is no .parquet or .jsonl file")
@@ -127,7 +112,7 @@ def read_examples(source: str, style: str, limit: int | None = None) -> list[Exa
                 examples.append(make_example(row, record, style))
             row += 1
     except DAMAGE as error:
-        raise UserError(f"cannot read {path}, row {row} (counted from 0): {one_line(error)}: mend the file") from None
+        raise UserError(f"cannot read {path}, row {row} (counted from 0): {one_line(error)}: repair the file") from None
     if not examples:
         raise UserError(f"{path} holds no examples")
     return examples
@@ -135,91 +120,112 @@ def read_examples(source: str, style: str, limit: int | None = None) -> list[Exa
 
 # ---------------------------------------------------------------- batches
 
-# Token ids, positions and segments (B, T); where in B * T a token is predicted, which, and for which ending, (N,) each.
-Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+class Batch(NamedTuple):
+    """Examples as rows of the same length; pack() gives one alone, (T,) in the place of (B, T)."""
+
+    tokens: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    segments: Tensor  # (B, T): 0 the context, 1 to 4 the endings, -1 padding
+    at: Tensor  # (N,): for each token to score, the index in B * T that predicts it,
+    targets: Tensor  # (N,): its id,
+    endings: Tensor  # (N,): and its ending, 4 * example + 0 to 3
 
 
-def pack(example: Example, T: int) -> tuple[list[list[int]], list[list[int]]]:
-    """An example as one row: the context as segment 0, then its endings as segments 1 to 4, side by side.
-
-    Returns tokens, positions and segments; and, for each token to score, the index in the row that predicts it, its
-    id, and its ending, 0 to 3. An ending whose text doesn't fit in T positions loses its beginning; then nothing is
-    shared, and each segment is a text of its own.
-    """
-    context, endings = example.context, example.endings
-    shared = len(context) if len(context) + max(map(len, endings)) - 1 <= T else 0
-    tokens, positions, segments = context[:shared], [*range(shared)], [0] * shared
-    at, targets, of = [], [], []
-    for number, ending in enumerate(endings):
+def pack(example: Example, T: int) -> Batch:
+    """An example as one row; if it is too long for T, each ending has its own context, cut on the left."""
+    context = example.context
+    shared = len(context) if len(context) + max(map(len, example.endings)) - 1 <= T else 0
+    tokens, positions, segments = context[:shared], list(range(shared)), [0] * shared
+    at, targets, endings = [], [], []
+    for number, ending in enumerate(example.endings):
         text = (context + ending)[-(T + 1) :]
-        scored = min(len(ending), len(text) - 1)
-        offset, end = len(tokens) - shared, len(text) - 1  # text[i] goes to i + offset; the last token predicts nothing
+        scored, end = min(len(ending), len(text) - 1), len(text) - 1  # the last token predicts nothing
+        offset = len(tokens) - shared  # beyond what is shared, text[i] goes to i + offset
         at += [i + offset if i >= shared else i for i in range(end - scored, end)]
         targets += text[-scored:]
-        of += [number] * scored
+        endings += [number] * scored
         tokens += text[shared:end]
         positions += range(shared, end)
         segments += [number + 1] * (end - shared)
-    return [tokens, positions, segments], [at, targets, of]
+    return Batch(*map(torch.tensor, (tokens, positions, segments, at, targets, endings)))
 
 
 class HellaSwag:
-    """Examples made ready for models of one shape: batches of similar lengths, of BATCH_TOKENS tokens.
+    """Examples for models of one shape, in batches of similar lengths; UserError if it lacks a token."""
 
-    Only an example that alone is longer makes a larger batch. Raises UserError if the model lacks a token.
-    """
-
-    def __init__(self, examples: list[Example], style: str, config: "GPTConfig", device: str = "cpu"):
+    def __init__(self, examples: list[Example], style: str, config, device: str = "cpu"):
         self.style = style
         packed = [pack(example, config.block_size) for example in examples]
-        if (largest := max(max(row[0] + scored[1]) for row, scored in packed)) >= config.n_vocab:
+        largest = max(int(max(row.tokens.max(), row.targets.max())) for row in packed)
+        if largest >= config.n_vocab:
             raise UserError(f"HellaSwag has token {largest}, the model knows {config.n_vocab}")
         self.labels = np.array([example.label for example in examples])  # (n,)
-        tokens = [np.bincount(of, minlength=4) for _, (_, _, of) in packed]
-        self.lengths = np.array(tokens if style == "completion" else [e.characters for e in examples])  # (n, 4)
+        lengths = [example.characters for example in examples]
+        if style == "completion":
+            lengths = [np.bincount(row.endings, minlength=4) for row in packed]
+        self.lengths = np.array(lengths)  # (n, 4)
         self.batches: list[Batch] = []
-        order = sorted(range(len(packed)), key=lambda i: len(packed[i][0][0]))
+        pad = partial(pad_sequence, batch_first=True)
+        order = sorted(range(len(packed)), key=lambda i: len(packed[i].tokens))
         while order:
             # From the longest on: as many as fit beside it.
-            longest = len(packed[order[-1]][0][0])
+            longest = len(packed[order[-1]].tokens)
             n = max(1, BATCH_TOKENS[device] // longest)
             chosen, order = order[-n:], order[:-n]
-            rows = torch.zeros(3, len(chosen), longest, dtype=torch.int64)
-            rows[2], scored = -1, []  # the padding's segment
-            for b, i in enumerate(chosen):
-                row, wanted = map(torch.tensor, packed[i])
-                rows[:, b, : row.size(1)] = row
-                scored.append(wanted + torch.tensor([[b * longest], [0], [4 * i]]))
-            self.batches.append((*rows, *torch.cat(scored, dim=1)))
+            rows = [packed[i] for i in chosen]
+            batch = Batch(
+                tokens=pad([row.tokens for row in rows]),
+                positions=pad([row.positions for row in rows]),
+                segments=pad([row.segments for row in rows], padding_value=-1),
+                at=torch.cat([row.at + b * longest for b, row in enumerate(rows)]),
+                targets=torch.cat([row.targets for row in rows]),
+                endings=torch.cat([packed[i].endings + 4 * i for i in chosen]),
+            )
+            self.batches.append(batch)
 
     def summary(self, scores: np.ndarray) -> dict[str, float | int | str | None]:
         """The JSON object that is reported, from the scores (n, 4) of evaluate()."""
         n, result = len(self.labels), {"style": self.style}
         for name, values in (("acc", scores), ("acc_norm", self.normalized(scores))):
-            # Scores that are not numbers are never right, nor is an ending among four that are impossible.
+            # Scores that are not numbers are never right, nor are four that are impossible.
             p = result[name] = float(np.mean((values.argmax(1) == self.labels) & np.isfinite(values.max(1))))
             result[f"{name}_stderr"] = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
         return result | {"normalization": UNIT[self.style], "examples": n}
 
     def normalized(self, scores: np.ndarray) -> np.ndarray:
-        """Scores over lengths (n, 4); minus infinity for an ending that the harness's preparation leaves empty."""
+        """Scores over lengths (n, 4); minus infinity for an ending that the harness leaves empty."""
         return np.divide(scores, self.lengths, out=np.full(scores.shape, -np.inf), where=self.lengths > 0)
+
+
+def load_or_warn(source: str, config, world: World) -> HellaSwag | None:
+    """The examples for training, if every rank could have them; else one warning, and None."""
+    why = None
+    try:
+        data = HellaSwag(read_examples(source, "completion"), "completion", config, world.device.type)
+    except (UserError, OSError) as error:
+        why = str(error)
+    if world.any(why):
+        warn(f"going on without HellaSwag: {why or 'another rank lacks it'}")
+        return None
+    return data
 
 
 # ---------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
-def score(model: "GPT", batch: Batch, world: "World", buffer: Tensor) -> np.ndarray:
-    """The log-probability in nats of each token to score, (N,) float32; buffer (rows, V) float32 is scratch space."""
-    tokens, positions, segments, at, targets = (world.move(z) for z in batch[:5])
+def score(model, batch: Batch, world: World, buffer: Tensor) -> np.ndarray:
+    """The log-probability in nats of each token to score, (N,); buffer (rows, V) is reused."""
+    batch = Batch(*(world.move(tensor) for tensor in batch))
     # Each token sees the context and what stands before it in its own ending.
+    segments = batch.segments
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, T, T)
     with world.autocast():
-        hidden = model.hidden(tokens, positions, seen.tril()[:, None]).flatten(0, 1)  # (B * T, C)
+        hidden = model.hidden(batch.tokens, batch.positions, seen.tril()[:, None]).flatten(0, 1)  # (B * T, C)
     found = []
-    for rows, target in zip(at.split(len(buffer)), targets.split(len(buffer)), strict=True):
-        # Not in bfloat16, which has steps of 0.5 where OpenAI's logits lie; in place, as fresh memory costs time.
+    for rows, target in zip(batch.at.split(len(buffer)), batch.targets.split(len(buffer)), strict=True):
+        # In float32: where OpenAI's logits lie, bfloat16 has steps of 0.5; in place, to save time.
         logits = torch.mm(hidden[rows].float(), model.lm_head.weight.T, out=buffer[: len(rows)])
         logits[:, model.token_bias < 0] = -math.inf
         wanted, largest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
@@ -227,77 +233,63 @@ def score(model: "GPT", batch: Batch, world: "World", buffer: Tensor) -> np.ndar
     return torch.cat(found)[:, 0].cpu().numpy()
 
 
-def evaluate(model: "GPT", data: HellaSwag, world: "World", progress: bool = False) -> np.ndarray:
-    """The scores (n, 4) in nats of all endings, on every rank; the batches are dealt out to the ranks."""
-    from tqdm import tqdm
-
-    n, scores, done = len(data.labels), np.zeros(4 * len(data.labels)), np.zeros(len(data.labels), dtype=bool)
+def evaluate(model, data: HellaSwag, world: World, progress: bool = False) -> np.ndarray:
+    """The scores (n, 4) in nats of all endings, on every rank; each computes some batches."""
+    n = len(data.labels)
+    scores = np.zeros(4 * n)
     mine = data.batches[world.rank :: world.size]
     buffer = torch.empty(LOGIT_ROWS, model.config.vocab_size, device=world.device)
-    quiet = None if progress and world.is_main else True  # None is tqdm's way to say: unless it is no terminal
-    with tqdm(total=sum(len(batch[0]) for batch in mine), unit="example", disable=quiet, dynamic_ncols=True) as bar:
-        for batch in mine:
-            answers = batch[5].numpy()
-            scores += np.bincount(answers, weights=score(model, batch, world, buffer), minlength=4 * n)
-            done[answers // 4] = True
-            if not bar.disable:
-                right = data.normalized(scores.reshape(n, 4)).argmax(1) == data.labels
-                bar.set_postfix(acc_norm=f"{right[done].mean():.4f}", refresh=False)
-            bar.update(len(batch[0]))
+    quiet = None if progress and world.is_main else True  # None: on a terminal
+    for batch in tqdm(mine, unit="batch", disable=quiet):
+        found = score(model, batch, world, buffer)
+        scores += np.bincount(batch.endings.numpy(), weights=found, minlength=4 * n)
     return np.array(world.sum(*scores)).reshape(n, 4)
+
+
+def write_examples(path: Path, examples: list[Example], scores: np.ndarray, normalized: np.ndarray) -> None:
+    """One JSON object a line: an example's scores, null where impossible, predictions, label."""
+    with whole_file(path) as file:
+        for i, example in enumerate(examples):
+            entry = {"row": example.row, "label": example.label}
+            for name, values in (("", scores[i]), ("_norm", normalized[i])):
+                entry[f"scores{name}"] = [x if math.isfinite(x) else None for x in values.tolist()]
+                entry[f"prediction{name}"] = int(values.argmax())
+            file.write((json.dumps(entry) + "\n").encode())
 
 
 # ---------------------------------------------------------------- command line
 
 
 def main(argv: list[str] | None = None) -> None:
-    from train_gpt2 import TrainConfig, load_model
+    from train_gpt2 import load_model
 
-    parser = Parser(prog="hellaswag.py", description=__doc__)
-    for name, kind, default, text in [
-        ("model", str, "gpt2", "gpt2[-medium, -large, -xl], a folder saved by transformers, a checkpoint of "
-         "train_gpt2.py or the folder of its checkpoints (default: gpt2)"),
-        ("data", str, "", "a local .parquet or .jsonl file (default: the validation split from the Hub)"),
-        ("style", str, "completion", "completion or harness (default: completion)"),
-        ("limit", int, None, "take only the first so many rows"),
-        ("per_example", Path, None, "file for one JSON object a line: scores, predictions and label of an example"),
-        ("device", str, "auto", "cuda, cuda:1, mps or cpu (default: the first there is)"),
-        ("dtype", str, "auto", "bfloat16 or float32 (default: bfloat16 on CUDA, else float32)"),
-    ]:  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
+    parser = Parser("hellaswag.py", __doc__)
+    add = partial(parser.add_argument, metavar="X")
+    add("--model", default="gpt2", help="gpt2[-medium, -large, -xl], a folder saved by transformers, a checkpoint, or "
+        "the folder of a run (default: gpt2)")  # fmt: skip
+    add("--data", default="", help="a local .parquet or .jsonl file (default: the validation split from the Hub)")
+    add("--style", default="completion", choices=list(FIELDS), help="completion or harness (default: completion)")
+    add("--limit", type=int, help="take only the first so many rows")
+    add("--per_example", type=Path, help="file for one JSON object a line: scores and predictions of an example")
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+    add("--dtype", default="auto", help="bfloat16 or float32 (default: the first on CUDA)")
     args = parser.parse_args(argv)
-    if args.style not in FIELDS:
-        parser.error(f"--style {args.style} must be completion or harness")
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit} must be at least 1")
     each = args.per_example
-    if each and (not each.parent.is_dir() or each.is_symlink() or (each.exists() and not each.is_file())):
+    if each and (not each.parent.is_dir() or (each.exists() and not each.is_file())):
         parser.error(f"--per_example {each}: name a plain file in a folder that is there")
-    try:
-        config = TrainConfig(device=args.device, dtype=args.dtype)
-    except ValueError as error:
-        parser.error(str(error))
-    with join_world(config) as world:
+    with join_world(args.device, args.dtype) as world:
         examples = read_examples(args.data, args.style, args.limit)
         model = load_model(args.model).to(world.device)
         data = HellaSwag(examples, args.style, model.config, world.device.type)
         began = time.perf_counter()
         scores = evaluate(model, data, world, progress=True)
-        seconds = time.perf_counter() - began
+        seconds = round(time.perf_counter() - began, 2)
         if np.isnan(scores).any():
             raise UserError(f"--model {args.model}: a score is not a number, so its weights are damaged")
-        if not world.is_main:
-            return
-        print(json.dumps({"model": args.model} | data.summary(scores) | {"seconds": round(seconds, 2)}), flush=True)
-        if each:
-            with whole_file(each) as file:
-                for example, *both in zip(examples, scores, data.normalized(scores), strict=True):
-                    entry = {"row": example.row, "label": example.label}
-                    for name, values in zip(("", "_norm"), both, strict=True):
-                        # An impossible ending has null: JSON has no infinity.
-                        entry[f"scores{name}"] = [x if math.isfinite(x) else None for x in values.tolist()]
-                        entry[f"prediction{name}"] = int(values.argmax())
-                    file.write((json.dumps(entry) + "\n").encode())
+        if world.is_main:
+            print(json.dumps({"model": args.model, **data.summary(scores), "seconds": seconds}), flush=True)
+            if each:
+                write_examples(each, examples, scores, data.normalized(scores))
 
 
 if __name__ == "__main__":

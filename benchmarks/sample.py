@@ -27,7 +27,7 @@ import transformers  # noqa: E402
 
 from benchmarks.hellaswag import make_model  # noqa: E402
 from support.world import World, join_world  # noqa: E402
-from train_gpt2 import GPT, SampleConfig, TrainConfig, generate  # noqa: E402
+from train_gpt2 import GPT, SampleConfig, generate  # noqa: E402
 
 PROMPT = list(range(1000, 9000, 1000))
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     args = parser.parse_args()
-    with join_world(TrainConfig(device=args.device, dtype=args.dtype)) as world:
+    with join_world(args.device, args.dtype) as world:
         compare(args, world)
 
 

@@ -149,19 +149,23 @@ class Trainer:
     def __init__(self, side: Side, work: Work, config: TrainConfig, world: World):
         if side.model == "plain":
             cpu.by_hand = lambda x: False
-        GPT.ROWS = side.rows or GPT.ROWS
+        GPT.LOGIT_ROWS = side.rows or GPT.LOGIT_ROWS
         for name, value in side.inductor.items():
             setattr(torch._inductor.config, name, value)
         self.config, self.world, self.attention = config, world, side.attention
+        self.shape = work.shape
         model = (Float32Logits if side.model == "float32 logits" else GPT)(work.shape, config.seed)
         if side.mask:
-            model.allow(train_gpt2.which_tokens(replace(config, mask_unseen=True), work.shape, world))
+            model.allow(fineweb.find_token_ids(config.data_dir, work.shape.n_vocab))
         self.model = (Transformers(model) if side.model == "transformers" else model).to(world.device)
         self.optimizer = train_gpt2.make_optimizer(self.model, config)
         self.step_model = train_gpt2.make_step_model(self.model, config, world)
-        self.data = train_gpt2.Sequences(config.data_dir, "train", work.shape)
+        self.data = self.sequences("train")
         load = partial(train_gpt2.step_batches, data=self.data, config=config, rank=0, size=1)
         self.batches, self.step = prefetch(load, count(1)), 0
+
+    def sequences(self, split: str) -> train_gpt2.Sequences:
+        return train_gpt2.Sequences(self.config.data_dir, split, self.shape.block_size, range(self.shape.n_vocab))
 
     def kernels(self):
         """The attention that the side prefers, in force."""
@@ -197,7 +201,7 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
     def validate(self) -> float:
-        data = train_gpt2.Sequences(self.config.data_dir, "val", self.model.config)
+        data = self.sequences("val")
         return train_gpt2.evaluate(self.model, data, self.config, self.world)[0]
 
     def profile(self) -> tuple[set[str], str]:
@@ -216,7 +220,7 @@ class Trainer:
 
 def serve(connection: Connection, side: Side, work: Work, config: TrainConfig) -> None:
     """What a side's process runs: a Trainer's methods, as they are asked for, until None is."""
-    with join_world(config) as world:
+    with join_world(config.device, config.dtype) as world:
         trainer = Trainer(side, work, config, world)
         for method, *values in iter(connection.recv, None):
             connection.send(getattr(trainer, method)(*values))
@@ -263,7 +267,7 @@ def in_turns(processes: list[Process], rounds: int) -> dict[str, list]:
 
 def measure(name: str, work: Work, config: TrainConfig, args: argparse.Namespace, on_cuda: bool) -> None:
     """Print a work's table, and below it what shows that the sides do the same."""
-    c, flops = work.shape, train_gpt2.flops_per_token(work.shape)
+    c, flops = work.shape, GPT(work.shape, seed=None).flops_per_token()
     print(
         f"\n{name}: {c.n_layer} layers, {c.n_embd} channels, T = {c.block_size}; {work.batch_tokens:,} tokens a step "
         f"in micro-batches of {work.micro_batch} sequences; {args.steps} steps after {args.warmup} to warm up\n"

@@ -1,81 +1,30 @@
-"""Command lines, and errors that a user reads as one line."""
+"""Command lines made from config fields, and errors that a user reads as one line."""
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import field
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
 
 
 class UserError(Exception):
-    """Something the user can mend: its text is the one line they get to see, `status` what the program exits with."""
+    """Something the user can fix: the text is the line they see, `status` the exit status."""
 
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
 
 
-class Parser(argparse.ArgumentParser):
-    """Command lines without abbreviations, whose errors are a UserError of status 2."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)", status=2)
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        for name, value in vars(parsed).items():
-            if value == []:  # what argparse makes of it
-                self.error(f"--{name}=-- is not a value")
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]}{f', did you mean {near[0]}?' if near else ''}")
-        return parsed
-
-
-def exit_status(main: Callable[[], None], program: str) -> int:
-    """Run main() and return the exit status, after one line on stderr if the user has to mend something."""
-    try:
-        main()
-        return 0
-    except UserError as error:
-        message, status = str(error), error.status
-    except OSError as error:
-        message, status = one_line(error), 1
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        program += f" [rank {os.environ.get('RANK')}]"
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
-    return status
-
-
-def run_script(main: Callable[[], None], program: str) -> NoReturn:
-    """End the process with the exit_status() of main()."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        sys.exit(exit_status(main, program))
-    try:
-        status = exit_status(main, program)
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    # Threads of torch.distributed can outlive the interpreter: they would abort a process that has done its work, or
-    # keep one that failed waiting for the other ranks.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters; of one from the system, the file and the cause."""
+    """What an error says, in at most 300 characters; of the system's, the file and the cause."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -89,26 +38,110 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def option(default, help: str, minimum=None, choices=None, fixed: bool = False):
-    """A config field with its command-line help and its bounds; a `fixed` one stays the same when a run resumes."""
-    return field(default=default, metadata={"help": help, "minimum": minimum, "choices": choices, "fixed": fixed})
+def exit_status(main: Callable[[], None], program: str) -> int:
+    """Run main() and return the exit status, after one line on stderr for what the user can fix."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        message, status = str(error), error.status
+    except OSError as error:
+        message, status = one_line(error), 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no exception of its own
+        known = "out of memory|allocate memory|Storage size"
+        if not isinstance(error, MemoryError) and not re.search(known, str(error)):
+            raise
+        fix = "take a smaller --micro_batch, fewer --num_samples with --sample, or a smaller model"
+        message, status = f"out of memory: {fix} ({one_line(error)})", 1
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        program += f" [rank {os.environ.get('RANK')}]"
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    return status
+
+
+def run_script(main: Callable[[], None], program: str) -> NoReturn:
+    """End the process with main()'s exit_status(), without a wait for threads that download or hang."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
+    try:
+        status = exit_status(main, program)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """Command lines without abbreviations, whose errors are a UserError of status 2."""
+
+    def __init__(self, prog: str, doc: str, epilog: str = ""):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, f"{prog} [flags]", doc, epilog, formatter_class=layout, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)", status=2)
+
+
+def option(default, help: str, min=None, fixed: bool = False):
+    """A config field with its help and its least value; a `fixed` one can't change on resume."""
+    return field(default=default, metadata={"help": help, "min": min, "fixed": fixed})
 
 
 class Config:
-    """A group of flags: checks each field against its bounds; what is wrong raises ValueError in one line."""
+    """A group of flags; ValueError, in one line, for a field out of its bounds."""
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, minimum, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
+            value, least = getattr(self, f.name), f.metadata["min"]
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{f.name} {value} must be a finite number")
             if isinstance(value, int) and value >= 2**32:
                 raise ValueError(f"--{f.name} {value} must be below 2**32")
-            if minimum is not None and value < minimum:
-                raise ValueError(f"--{f.name} {value} must be at least {minimum}")
-            if choices and value not in choices:
-                raise ValueError(f"--{f.name} {value} must be one of {', '.join(choices)}")
+            if least is not None and value < least:
+                raise ValueError(f"--{f.name} {value} must be at least {least}")
         self.check()
 
     def check(self):
         """Check what involves several fields."""
+
+
+def as_typed(default) -> str:
+    """A default as a person would type it: 6e-4, 0.1."""
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, float) and 0 < default < 0.01:
+        return np.format_float_scientific(default, trim="-", exp_digits=1)
+    return str(default)
+
+
+def parse_configs(argv: list[str] | None, doc: str, demo: dict, kinds: dict) -> tuple[dict[str, Any], list]:
+    """The flags that were given, and a config of each kind, {title: class}; --demo gives other defaults."""
+    epilog = """A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks,
+--micro_batch, what is measured, sampled and saved and when, and, with --extend, a larger --max_steps."""
+    parser = Parser("train_gpt2.py", doc, epilog)
+    modes = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
+    modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
+    modes.add_argument("--export", type=Path, metavar="DIR", help="write that model as a folder for transformers")
+    for title, kind in kinds.items():
+        group = parser.add_argument_group(title)
+        for f in dataclasses.fields(kind):
+            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
+            default = as_typed(f.default)
+            text = f.metadata["help"] + (f" (default: {default})" if default else "")
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+    flags = vars(parser.parse_args(argv))
+    if flags["export"] and os.path.lexists(flags["export"]):
+        raise UserError(f"--export {flags['export']}: that is there already, name a folder that isn't", 2)
+    values = (demo if flags.get("demo") else {}) | flags
+    configs = []
+    for kind in kinds.values():
+        names = {f.name for f in dataclasses.fields(kind)}
+        try:
+            configs.append(kind(**{name: value for name, value in values.items() if name in names}))
+        except ValueError as error:
+            raise UserError(str(error), status=2) from None
+    return flags, configs

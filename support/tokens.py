@@ -4,6 +4,7 @@ import binascii
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")  # no token re
 
 @cache
 def tokenizer() -> tiktoken.Encoding:
-    """The GPT-2 encoding, built from assets/gpt2.tiktoken; raises UserError if that file is missing or altered."""
+    """The GPT-2 encoding; UserError if assets/gpt2.tiktoken is missing or altered."""
     content = RANKS_FILE.read_bytes() if RANKS_FILE.exists() else b""
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
         raise UserError(f"{RANKS_FILE} is missing, or its SHA-256 is not {RANKS_SHA256}: restore the repository's")
@@ -37,7 +38,7 @@ def tokenizer() -> tiktoken.Encoding:
 
 
 def encode_document(text: str) -> np.ndarray:
-    """<|endoftext|> and the tokens of `text` as uint16; what looks like a special token in it is ordinary text."""
+    """<|endoftext|> and the tokens of `text`, all of it ordinary text, as uint16."""
     encode = partial(tokenizer().encode_to_numpy, disallowed_special=())
     try:
         parts = [encode(text)]
@@ -47,11 +48,19 @@ def encode_document(text: str) -> np.ndarray:
     return np.concatenate([[END_OF_TEXT], *parts], dtype=np.uint16, casting="unsafe")
 
 
+def find_shards(data_dir: str, split: str) -> list[Path]:
+    """The shards of "train", "val" or "train|val", in order; UserError if there are none."""
+    names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
+    paths = [Path(data_dir, name) for name in sorted(names) if re.search(rf"_({split})_\d+\.(npy|bin)$", name)]
+    if not paths:
+        fix = "run `python fineweb.py` first, or try `python train_gpt2.py --demo`"
+        raise UserError(f"no {split.replace('|', ' or ')} shards in {data_dir}: {fix}")
+    return paths
+
+
 def open_shard(path: Path) -> np.ndarray:
-    """A .npy shard, or a .bin shard as llm.c writes it, as a 1-D uint16 memory map; UserError if it is none, or cut."""
+    """A .npy shard, or a .bin shard of llm.c, as a 1-D uint16 memory map, or UserError."""
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
@@ -62,7 +71,8 @@ def open_shard(path: Path) -> np.ndarray:
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
         if not isinstance(tokens, np.memmap) or tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError("it is not a row of uint16")
-        if (size := path.stat().st_size) != tokens.offset + tokens.nbytes:
+        size = path.stat().st_size
+        if size != tokens.offset + tokens.nbytes:
             raise ValueError(f"its header promises {len(tokens)} tokens, its size is {size} bytes")
     except Exception as error:  # NumPy's parser of headers has those of Python's own
         raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
@@ -70,30 +80,32 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class Shard:
-    """A shard to read from for days, one of any number: it is open only while it is read.
+    """A shard to read from for days, one of any number: it is open only while it is read."""
 
-    Unlike a memory map's, its reader outlives a file that is cut short meanwhile.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.state = path, self.identity(path)
-        tokens = open_shard(path)
-        self.length, self.offset = len(tokens), tokens.offset
+    def __init__(self, path: Path, token_ids: Iterable[int]):
+        self.path, tokens = path, open_shard(path)
+        self.length, self.offset, self.state = len(tokens), tokens.offset, self.identity()
+        self.known = np.zeros(2**16, dtype=bool)
+        self.known[list(token_ids)] = True
 
     def __len__(self) -> int:
         return self.length
 
-    @staticmethod
-    def identity(file: int | Path) -> tuple:
-        """What tells a file from another, and from itself once it is written to."""
-        found = os.stat(file)
+    def identity(self) -> tuple:
+        """What tells the file from another, and from itself once it is written to."""
+        found = self.path.stat()
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens from `start` on, (count,) uint16; UserError if the file at the path is not what it was at first."""
-        with suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), 2 * count, self.offset + 2 * start)
-            if self.identity(file.fileno()) == self.state:
-                return np.frombuffer(content, dtype="<u2")
-        mend = "put it back as it was, and the same command goes on from the newest checkpoint"
-        raise UserError(f"{self.path} was removed, replaced or changed during training: {mend}")
+        """Tokens from `start` on, (count,) uint16; UserError if the file was changed, or they are others."""
+        tokens = None
+        with suppress(FileNotFoundError):
+            tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=self.offset + 2 * start)
+        if tokens is None or self.identity() != self.state:
+            fix = "put it back as it was, and the same command resumes from the newest checkpoint"
+            raise UserError(f"{self.path} was removed, replaced or changed during training: {fix}")
+        unknown = tokens[~self.known[tokens]]
+        if len(unknown):
+            what = f"token {unknown[0]}, which is none of the model's {self.known.sum()}"
+            raise UserError(f"{self.path} holds {what}: restore it, or a manifest.json that is about it")
+        return tokens

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.cli import UserError, one_line
+from support.cli import UserError, one_line, warn
 
-# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; the names are matched as whole words.
+# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; matched as whole words.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "B200": 2250,
-    "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,
+    "B200": 2250, "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125,
     "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
 }  # fmt: skip
 
@@ -36,7 +36,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among those of the run, and the device it computes on."""
+    """Which of the run's processes (ranks) this one is, and the device it computes on.
+
+    All ranks must call mean(), sum() and any() in the same order, or they wait for each other for ever.
+    """
 
     rank: int
     size: int
@@ -48,6 +51,7 @@ class World:
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16, if that is the run's dtype."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def move(self, tensor: Tensor) -> Tensor:
@@ -71,14 +75,27 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, value) -> bool:
+        """Whether the value is true on some rank."""
+        return self.sum(bool(value))[0] > 0
+
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_main:
             print(text, flush=True)
 
+    def can_compile(self) -> bool:
+        """Whether torch.compile finds its tools, a C++ compiler or Triton; else a warning."""
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
+            return True
+        except Exception as error:  # each backend has errors of its own for this
+            warn(f"torch.compile does not work here, going on without it ({one_line(error)})")
+            return False
+
 
 def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
-    """The device that --device names, for this process among those on the machine; UserError if it isn't there."""
+    """The device for this process of local_size on the machine; UserError if it isn't there."""
     if name == "auto":
         has_mps = torch.backends.mps.is_available() and local_size == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -88,42 +105,45 @@ def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here, take --device cpu")
     if device.type == "cuda":
-        found, index = torch.cuda.device_count(), local_rank if local_size > 1 else device.index or 0
+        found = torch.cuda.device_count()
+        index = local_rank if local_size > 1 else device.index or 0
         if max(index + 1, local_size) > found:
-            wanted = f"--device {name} for {local_size} processes: this machine has {found} CUDA devices"
-            raise UserError(f"{wanted}, take fewer processes or --device cpu")
+            raise UserError(f"--device {name}: {local_size} processes, but {found} CUDA devices; take --device cpu")
         device = torch.device("cuda", index)
     return device
 
 
 @contextmanager
-def join_world(config) -> Iterator[World]:
-    """This process's World: alone, or one of those that torchrun started, joined through torch.distributed."""
-    variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in variables)
-    device, dtype = pick_device(config.device, local_rank, local_size), config.dtype
+def join_world(device_name: str, dtype_name: str) -> Iterator[World]:
+    """This process's World: alone, or one of the ranks that torchrun started."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = pick_device(device_name, local_rank, local_size)
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in float32
-    if dtype == "auto":
-        dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    world = World(rank, size, device, getattr(torch, dtype))
+        torch.set_float32_matmul_precision("high")  # TF32 for products that autocast leaves in float32
+    if dtype_name not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype_name}: take auto, bfloat16 or float32", status=2)
+    has_bfloat16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype_name == "auto":
+        dtype_name = "bfloat16" if has_bfloat16 else "float32"
+    world = World(rank, size, device, getattr(torch, dtype_name))
     if size == 1:
         yield world
         return
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        # github.com/pytorch/pytorch/issues/135712: ranks would look for each other where the ones before them were,
-        # but for a prefix on which they agree. Several agents don't: each counts its own restarts.
+        # Ranks that are started again look for each other where those before them were, but for a prefix on which
+        # they agree (github.com/pytorch/pytorch/issues/135712). On several machines each agent counts restarts itself.
         if local_size < size:
-            mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
-            raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {mend}")
+            fix = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {fix}")
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "nccl" if on_cuda else "gloo"
+    backend, device_id = ("nccl", device) if on_cuda else ("gloo", None)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_cuda else None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other ranks ({one_line(error)}): start them with torchrun") from None
     try:
@@ -132,37 +152,35 @@ def join_world(config) -> Iterator[World]:
         gone = "gloo/|NCCL|[Cc]onnection (closed|reset|refused)"
         if not isinstance(error, dist.DistError) and not re.search(gone, str(error)):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than the line that says why
-        mend = "the same command goes on from the newest checkpoint, as does torchrun by itself with --max-restarts"
-        raise UserError(f"lost another rank, whose own line says more: {mend} ({one_line(error)})") from None
-    # After an error the others may sit in a collective that this rank will never join, and NCCL would wait for them.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than this line
+        fix = "the same command resumes from the newest checkpoint, as does torchrun by itself with --max-restarts"
+        raise UserError(f"lost another rank, whose own line says more: {fix} ({one_line(error)})") from None
+    # Not after an error: the others may sit in a collective that this rank will never join.
     dist.destroy_process_group()
 
 
 @contextmanager
-def stop_requests(requests: list[float]) -> Iterator[None]:
-    """Put the time of a first SIGTERM or SIGINT into a list, to be looked at; let the next one end the process at once.
+def listen_for_stop() -> Iterator[list[float]]:
+    """A list that gets the times of SIGTERM and SIGINT; one a second after the first ends the process."""
+    requests: list[float] = []
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
 
-    What comes within a second is the same request, passed on by torchrun or Slurm as well. A thread listens, as Python
-    calls a handler only after the operation at work, which can take seconds, or wait for a rank that hangs.
-    """
-    ear, mouth = socket.socketpair()
-    mouth.setblocking(False)
-
+    # In a thread: Python calls a handler only after the operation at work, which may wait for a rank.
     def listen() -> None:
-        while heard := ear.recv(1):
-            if heard[0] in before:
+        while number := receiver.recv(1):
+            if number[0] in before:
                 if requests and time.monotonic() - requests[0] > 1:
-                    os._exit(128 + heard[0])
+                    os._exit(128 + number[0])
                 requests.append(time.monotonic())
 
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.set_wakeup_fd(mouth.fileno())
+    signal.set_wakeup_fd(sender.fileno())
     threading.Thread(target=listen, daemon=True).start()
     try:
-        yield
+        yield requests
     finally:
         signal.set_wakeup_fd(-1)
-        mouth.close()
+        sender.close()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,18 +7,21 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from urllib.parse import unquote
 
+import hooks
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import train_gpt2
 from support import checkpoint
 from support.cli import exit_status
+from support.cli import run_script as end_with
 from support.log import read_log
 from support.world import World
 from train_gpt2 import GPTConfig
@@ -115,10 +119,12 @@ def be_a_child(function, arguments: tuple, out: str | None, err: str) -> None:
     function(*arguments)
 
 
-def be_a_script(module: str, argv: list[str], cwd: str | None) -> None:
-    """Run a script's main() to the end of the process."""
+def be_a_script(module: str, argv: list[str], cwd: str | None, variables: dict[str, str], hook: str | None) -> None:
+    """Run a script's main() to the end of the process, with a hook of hooks.py before each step."""
     os.chdir(cwd or os.getcwd())
-    sys.exit(exit_status(partial(sys.modules[module].main, argv), f"{module}.py"))
+    os.environ.update(variables)
+    with before_each_step(getattr(hooks, hook)) if hook else nullcontext():
+        end_with(partial(sys.modules[module].main, argv), f"{module}.py")
 
 
 @cache
@@ -136,9 +142,12 @@ def forkserver():
     return context
 
 
-def start_forked(argv: list, out: Path, err: Path, cwd: str | None = None) -> multiprocessing.Process:
+def start_forked(
+    argv: list, out: Path, err: Path, cwd: str | None = None, variables: dict | None = None, hook: str | None = None
+) -> multiprocessing.Process:
     """A script in a process of its own, of a forkserver()."""
-    arguments = (str(argv[0]).removesuffix(".py"), [str(a) for a in argv[1:]], cwd)
+    module = str(argv[0]).removesuffix(".py")
+    arguments = (module, [str(a) for a in argv[1:]], cwd, variables or {}, hook)
     process = forkserver().Process(target=be_a_child, args=(be_a_script, arguments, str(out), str(err)))
     process.start()
     return process
@@ -153,13 +162,30 @@ def end(process: multiprocessing.Process, timeout: float) -> None:
     assert not alive, f"still running after {timeout} s"
 
 
-def run_forked(argv: list, folder: Path, timeout: float = 120, cwd: str | None = None) -> subprocess.CompletedProcess:
-    """start_forked() to its end."""
-    out, err = folder / "stdout", folder / "stderr"
-    process = start_forked(argv, out, err, cwd)
-    end(process, timeout)
-    texts = (path.read_text(errors="replace") for path in (out, err))
-    return subprocess.CompletedProcess(argv, process.exitcode, *texts)
+def run_forked(
+    argv: list, folder: Path, timeout: float = 120, cwd: str | None = None, ranks: int = 1, hook: str | None = None
+) -> subprocess.CompletedProcess:
+    """start_forked() to its end, of several ranks as torchrun would start them; the worst status of all."""
+    processes, port = [], free_port()
+    for rank in range(ranks):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        variables = {name: str(value) for name, value in variables.items()} if ranks > 1 else {}
+        paths = (folder / f"stdout_{rank}", folder / f"stderr_{rank}")
+        processes.append(start_forked(argv, *paths, cwd, variables, hook))
+    for process in processes:
+        end(process, timeout)
+    out, err = (
+        "".join((folder / f"{name}_{rank}").read_text(errors="replace") for rank in range(ranks))
+        for name in ("stdout", "stderr")
+    )
+    return subprocess.CompletedProcess(argv, max((p.exitcode for p in processes), key=abs), out, err)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def in_a_child(function, *arguments, timeout: float) -> None:
@@ -210,6 +236,11 @@ def stop_after(step, flags):
 
     with pytest.raises(Stop), before_each_step(stop):
         run_train(flags)
+
+
+def sequences(folder: Path, split: str, token_ids=range(96)) -> train_gpt2.Sequences:
+    """The sequences of write_shards(), for TINY."""
+    return train_gpt2.Sequences(str(folder), split, TINY.block_size, token_ids)
 
 
 def losses(out_dir) -> dict[int, float]:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import CPU, TINY, assert_same, losses, newest, run_train, stop_after, tiny_flags
+from conftest import CPU, TINY, assert_same, losses, newest, run_train, sequences, stop_after, tiny_flags
 
 import train_gpt2
 from support import checkpoint
 from support.tokens import tokenizer
-from train_gpt2 import GPT, Sequences, TrainConfig, learning_rate, step_batches, train_step
+from train_gpt2 import GPT, TrainConfig, learning_rate, step_batches, train_step
 
 
 def sgd(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
@@ -120,7 +120,7 @@ def test_two_groups_with_rates_of_their_own_keep_their_ratio_through_the_schedul
         return torch.optim.SGD([{"params": [head], "lr": 4 * config.max_lr}, {"params": rest}], lr=config.max_lr)
 
     model, config = GPT(TINY), TrainConfig(batch_tokens=128, micro_batch=8, max_steps=6, warmup_steps=2)
-    optimizer, data = two_rates(model, config), Sequences(shards, "train", TINY)
+    optimizer, data = two_rates(model, config), sequences(shards, "train")
     for step in range(1, 7):
         train_step(model, optimizer, step_batches(step, data, config, 0, 1), step, config, CPU)
         rates = [group["lr"] for group in optimizer.param_groups]

@@ -99,7 +99,7 @@ def test_without_shards_the_default_command_says_what_to_run(tmp_path):
     ("argv", "named"),
     [
         ("--frobnicate 3", "--frobnicate"),
-        ("--max_step 3", "--max_steps"),
+        ("--max_step 3", "--max_step 3"),
         ("--max_steps", "--max_steps"),
         ("--max_steps three", "three"),
         ("--max_steps -1", "--max_steps -1"),
@@ -127,7 +127,6 @@ def test_without_shards_the_default_command_says_what_to_run(tmp_path):
         ("--dtype float16", "float16"),
         ("--device tpu", "tpu"),
         ("--top_k 0", "--top_k 0"),
-        ("--sample_every 1 --top_k 97", "--top_k 97"),
         ("--num_samples 0", "--num_samples 0"),
         ("--max_length 0", "--max_length 0"),
         ("--temperature -0.1", "--temperature -0.1"),
@@ -143,8 +142,8 @@ def test_a_bad_flag_is_one_line_and_status_2(shards, tmp_path, capsys, argv, nam
 
 @pytest.mark.parametrize("n_embd", [2**24, 2**31])
 def test_a_model_too_large_for_the_memory_is_one_line(shards, tmp_path, capsys, n_embd):
-    assert run_train(tiny_flags(shards, tmp_path / "log", n_embd=n_embd)) == 2
-    assert "out of memory" in the_line(capsys)
+    assert run_train(tiny_flags(shards, tmp_path / "log", n_embd=n_embd)) == 1
+    assert "out of memory: take a smaller --micro_batch" in the_line(capsys)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -194,9 +193,6 @@ def test_an_out_dir_that_takes_no_files_is_named(shards, capsys):
     [
         ["--prompt", "one two three", "--max_length", "3"],
         ["--prompt", "one two three four", "--max_length", "3"],
-        ["--top_k", "97", "--prompt", "!"],
-        ["--prompt", "language"],
-        ["--prompt", ""],
     ],
 )
 def test_sampling_flags_that_do_not_fit_are_refused(shards, tmp_path, capsys, argv):
@@ -210,7 +206,7 @@ def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path, capsys):
     assert run_train(["--sample", "--out_dir", tmp_path / "log"]) == 1
     assert f"no checkpoint in {tmp_path / 'log'}" in the_line(capsys)
     assert run_train(["--sample", "--init_from", "gpt3"]) == 1
-    assert "cannot take weights from gpt3: not a folder" in the_line(capsys)
+    assert "no checkpoint in gpt3, nor what `transformers` saves" in the_line(capsys)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "bit rot", "pickle"])

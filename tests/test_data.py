@@ -6,13 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY, write_shards
+from conftest import CPU, TINY, sequences, write_shards
 
 from support.cli import UserError
 from support.files import prefetch
 from support.tokens import open_shard
 from support.world import World
-from train_gpt2 import GPT, Sequences, TrainConfig, check_batch, epoch_order, evaluate, step_batches
+from train_gpt2 import GPT, TrainConfig, check_batch, epoch_order, evaluate, step_batches
 
 # 8 sequences a step over 20 in an epoch: steps 3 and 5 hold the ends of two epochs.
 CONFIG = TrainConfig(batch_tokens=128, micro_batch=8)
@@ -27,7 +27,7 @@ def global_batch(step, data, ranks, micro_batch, config=CONFIG):
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (1, 1), (2, 2), (2, 4), (4, 1), (8, 1)])
 def test_global_batch_does_not_depend_on_ranks_or_micro_batch(shards, ranks, micro_batch):
-    data = Sequences(shards, "train", TINY)
+    data = sequences(shards, "train")
     for step in range(1, 8):
         x, y, _ = global_batch(step, data, 1, 8)
         x2, y2, sizes = global_batch(step, data, ranks, micro_batch)
@@ -37,7 +37,7 @@ def test_global_batch_does_not_depend_on_ranks_or_micro_batch(shards, ranks, mic
 
 
 def test_an_epoch_holds_every_sequence_once_and_each_has_an_order_of_its_own(shards):
-    data = Sequences(shards, "train", TINY)
+    data = sequences(shards, "train")
     assert len(data) == 8 + 6 + 6
     rows = torch.cat([global_batch(step, data, 1, 8)[0] for step in range(1, 6)])  # two epochs of 20
     everything = collections.Counter(map(tuple, data.read(range(20))[0].tolist()))
@@ -48,16 +48,16 @@ def test_an_epoch_holds_every_sequence_once_and_each_has_an_order_of_its_own(sha
 
 
 def test_a_step_may_hold_several_epochs(tmp_path):
-    data = Sequences(write_shards(tmp_path / "data", [50]), "train", TINY)  # 3 sequences for steps of 8
+    data = sequences(write_shards(tmp_path / "data", [50]), "train")  # 3 sequences for steps of 8
     rows = torch.cat([global_batch(step, data, 1, 8)[0] for step in (1, 2, 3)])
     counts = collections.Counter(map(tuple, rows.tolist()))
     assert sorted(counts.values()) == [8, 8, 8]
 
 
 def test_the_seed_alone_sets_the_order(shards):
-    data = Sequences(shards, "train", TINY)
+    data = sequences(shards, "train")
     x = global_batch(1, data, 1, 8)[0]
-    assert torch.equal(x, global_batch(1, Sequences(shards, "train", TINY), 1, 8)[0])
+    assert torch.equal(x, global_batch(1, sequences(shards, "train"), 1, 8)[0])
     assert not torch.equal(x, global_batch(1, data, 1, 8, TrainConfig(batch_tokens=128, seed=1))[0])
 
 
@@ -67,7 +67,7 @@ def test_the_order_is_the_one_that_earlier_versions_had():
 
 
 def test_targets_are_the_next_tokens_and_no_sequence_crosses_a_shard_end(shards):
-    data = Sequences(shards, "train", TINY)
+    data = sequences(shards, "train")
     x, y = data.read(range(20))
     assert torch.equal(x[:, 1:], y[:, :-1])
     first, second = (np.load(path) for path in data.paths[:2])
@@ -79,9 +79,7 @@ def test_targets_are_the_next_tokens_and_no_sequence_crosses_a_shard_end(shards)
 def test_bin_shards_of_llm_c_read_like_npy_shards(tmp_path):
     npy = write_shards(tmp_path / "npy", [130, 97])
     binary = write_shards(tmp_path / "bin", [130, 97], suffix="bin")
-    for a, b in zip(
-        Sequences(npy, "train", TINY).read(range(14)), Sequences(binary, "train", TINY).read(range(14)), strict=True
-    ):
+    for a, b in zip(sequences(npy, "train").read(range(14)), sequences(binary, "train").read(range(14)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -130,25 +128,23 @@ def test_an_id_beyond_the_vocabulary_names_the_shard(tmp_path):
     tokens = np.load(path)
     tokens[50] = 96
     np.save(path, tokens)
-    data = Sequences(folder, "train", TINY)
+    data = sequences(folder, "train")
     data.read(range(6))
     with pytest.raises(UserError, match=rf"{re.escape(str(path))} holds token 96"):
         data.read(range(12))
 
 
-def test_an_indivisible_batch_is_refused_with_its_numbers_and_the_nearest_micro_batch():
+def test_an_indivisible_batch_is_refused_with_its_numbers():
     check_batch(TrainConfig(), 1024, 8)
-    with pytest.raises(UserError, match=r"524288.*48.*1024.*8 ranks = 393216: take --micro_batch 32$") as error:
+    numbers = "--batch_tokens 524288 is not a multiple of --micro_batch 48 x --block_size 1024 x 8 ranks: change"
+    with pytest.raises(UserError, match=numbers) as error:
         check_batch(TrainConfig(micro_batch=48), 1024, 8)
     assert error.value.status == 2
-    with pytest.raises(UserError, match="no micro-batch would do; take --batch_tokens (.*)$") as error:
-        check_batch(TrainConfig(micro_batch=16), 1024, 3)
-    check_batch(TrainConfig(micro_batch=16, batch_tokens=int(str(error.value).split()[-1])), 1024, 3)
 
 
 @pytest.mark.parametrize("val_tokens", [16, 100, 160, 10**9])
 def test_validation_does_not_depend_on_ranks_or_micro_batch(shards, val_tokens, monkeypatch):
-    model, data = GPT(TINY), Sequences(shards, "val", TINY)
+    model, data = GPT(TINY), sequences(shards, "val")
     expected, tokens = evaluate(model, data, TrainConfig(val_tokens=val_tokens, micro_batch=1), CPU)
     n = min(12, val_tokens // 16)
     assert tokens == 16 * n

@@ -3,19 +3,32 @@
 import json
 import os
 import random
-import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, environment, run_script, run_train, small_files, start_script, tiny_flags
+from conftest import (
+    CPU,
+    TINY,
+    environment,
+    run_forked,
+    run_script,
+    run_train,
+    sequences,
+    small_files,
+    start_forked,
+    start_script,
+    tiny_flags,
+    wait_for,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import fineweb
-from support import checkpoint
-from support.files import background, whole_folder
+from support import checkpoint, huggingface
+from support.files import whole_folder
 from support.log import read_log
 from support.tokens import END_OF_TEXT, tokenizer
 from support.world import World
@@ -118,8 +131,8 @@ def test_the_tokenizer_gives_our_ids_on_strings_of_every_plane(exported):
 
 
 def test_the_tokenizer_knows_every_code_point_as_ours_does():
-    theirs = fineweb.fast_tokenizer().backend_tokenizer
-    texts = [f"a{c} {c}1" for c in map(chr, range(0, 0x110000, 7)) if not "\ud800" <= c <= "\udfff"]
+    theirs = huggingface.fast_tokenizer().backend_tokenizer
+    texts = [f"a{c} {c}1" for c in map(chr, range(0, 0x110000, 41)) if not "\ud800" <= c <= "\udfff"]
     expected = tokenizer().encode_ordinary_batch(texts)
     assert [found.ids for found in theirs.encode_batch(texts)] == expected
 
@@ -149,7 +162,7 @@ def test_an_export_to_a_full_disk_leaves_nothing_and_one_line(exported, tmp_path
     argv = ["train_gpt2.py", "--export", tmp_path / "out", "--out_dir", exported / "log"]
     result = run_script(argv, preexec_fn=small_files(300_000))
     assert result.returncode == 1
-    assert result.stderr == f"train_gpt2.py: {tmp_path / 'out'}: File too large\n"
+    assert result.stderr.splitlines()[-1] == f"train_gpt2.py: {tmp_path / 'out'}: File too large"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,23 +170,21 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch, capsys)
     def fail(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fineweb, "fast_tokenizer", fail)
+    monkeypatch.setattr(huggingface, "fast_tokenizer", fail)
     assert run_train(["--export", tmp_path / "out", "--out_dir", exported / "log"]) == 1
     assert "No space left" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_export_leaves_no_half_folder_and_the_next_one_is_whole(exported, tmp_path):
-    argv = ["train_gpt2.py", "--export", tmp_path / "out", "--out_dir", exported / "log"]
-    process = start_script(argv)
-    while not any(tmp_path.glob(".out.unfinished/*")) and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    argv = ["train_gpt2", "--export", tmp_path / "out", "--out_dir", exported / "log"]
+    process = start_forked(argv, tmp_path / "stdout", tmp_path / "stderr")
+    wait_for(lambda: any(tmp_path.glob(".out.unfinished/*")), process)
+    process.kill()
+    process.join()
     assert not (tmp_path / "out").exists()
-    assert run_script(argv).returncode == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run_train(argv[1:]) == 0
+    assert not list(tmp_path.glob(".*"))
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(exported / "out"))
 
 
@@ -183,13 +194,14 @@ def test_two_that_make_the_same_folder_take_turns(tmp_path):
             (folder / name).write_text("x")
             time.sleep(0.2)
 
-    first, second = (background(make, name) for name in "ab")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(make, name) for name in "ab")
     failed = [future.exception() for future in (first, second)]
     assert sorted(type(error).__name__ for error in failed) == ["FileExistsError", "NoneType"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b" if failed[0] else "a"]
     processes = [start_script(["fineweb.py", "--demo", "--out_dir", tmp_path / "demo"]) for _ in range(3)]
     for process in processes:
-        assert process.communicate()[1] == f"the demo corpus is in {tmp_path / 'demo'}\n"
+        assert process.communicate()[1].startswith(f"{tmp_path / 'demo'}: 10 shards")
     fineweb.Manifest.load(tmp_path / "demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "out"]
 
@@ -215,14 +227,16 @@ def test_an_export_without_a_checkpoint_or_with_another_vocabulary_ends_in_one_l
     capsys.readouterr()
     assert run_train(["--export", tmp_path / "out", "--out_dir", tmp_path / "log"]) == 1
     error = capsys.readouterr().err
-    source = tmp_path / "log" / "ckpt_000003.pt"
-    assert error == f"train_gpt2.py: cannot export {source}, which has 96 tokens: the tokenizer has 50257\n"
+    assert error.splitlines()[-1].startswith(
+        "train_gpt2.py: cannot export: transformer.wte.weight is torch.Size([50257, 16])"
+    )
     assert not (tmp_path / "out").exists()
     assert run_train(["--export", tmp_path / "out", "--sample"]) == 2
 
 
 def test_two_ranks_export_once(exported, tmp_path):
-    result = run_script(["train_gpt2.py", "--export", tmp_path / "out", "--out_dir", exported / "log"], ranks=2)
+    argv = ["train_gpt2", "--export", tmp_path / "out", "--out_dir", exported / "log"]
+    result = run_forked(argv, tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr
     first, again = (load_file(folder / "model.safetensors") for folder in (exported / "out", tmp_path / "out"))
     assert all(torch.equal(w, again[name]) for name, w in first.items())
@@ -266,7 +280,7 @@ def test_a_smaller_block_size_drops_positions_and_a_larger_one_is_refused(export
     for argv in (["--sample"], ["--export", tmp_path / "out"], tiny_flags("data", tmp_path / "log2")[:4]):
         assert run_train([*argv, "--init_from", exported / "out", "--block_size", 65]) == 2
         error = capsys.readouterr().err
-        assert error.endswith(f"--block_size 65 is above the 64 positions of {exported / 'out'}: take 64\n")
+        assert error.endswith(f"--block_size 65: {exported / 'out'} has 64 positions\n")
 
 
 def test_a_run_from_cropped_weights_trains_resumes_and_keeps_its_block_size(exported, tmp_path, capsys):
@@ -283,7 +297,7 @@ def test_a_run_from_cropped_weights_trains_resumes_and_keeps_its_block_size(expo
     assert "--block_size is 8, but 16 in the run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["gpt2", "gpt2-xl"])
+@pytest.mark.parametrize("size", ["gpt2", pytest.param("gpt2-xl", marks=pytest.mark.slow)])
 def test_the_weights_of_a_name_come_from_the_hub(exported, tmp_path, hub, size):
     hub.datasets[size] = {path.name: path.read_bytes() for path in (exported / "out").iterdir()}
     argv = tiny_flags(exported / "data", tmp_path / "log", init_from=size, max_steps=0, **STEPS)
@@ -296,10 +310,9 @@ def test_the_weights_of_a_name_come_from_the_hub(exported, tmp_path, hub, size):
 
 def test_validation_in_bfloat16_does_not_round_logits_that_lie_at_minus_100(tmp_path, shards):
     # As OpenAI's do: there bfloat16 has steps of 0.5.
-    from train_gpt2 import GPTConfig, Sequences, TrainConfig, evaluate
+    from train_gpt2 import TrainConfig, evaluate
 
-    config = GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=16)
-    model, data = GPT(config), Sequences(shards, "val", config)
+    model, data = GPT(TINY), sequences(shards, "val")
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = 0
         model.transformer.ln_f.bias[0] = 1

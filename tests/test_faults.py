@@ -20,11 +20,13 @@ from conftest import (
     TINY,
     assert_one_line,
     assert_same,
+    free_port,
     losses,
     newest,
     run_forked,
     run_script,
     run_train,
+    sequences,
     small_files,
     start_forked,
     start_script,
@@ -38,7 +40,7 @@ import fineweb
 from support import checkpoint
 from support.cli import UserError
 from support.log import read_log
-from train_gpt2 import GPT, Sequences, TrainConfig, make_optimizer, step_batches, train_step
+from train_gpt2 import GPT, TrainConfig, make_optimizer, step_batches, train_step
 
 STEPS = {"max_steps": 12, "save_every": 2, "eval_every": 6, "sample_every": 6, "max_length": 20, "keep_every": 6}
 LONG = {"max_steps": 2000, "save_every": 50, "eval_every": 0}  # more steps than any test waits for
@@ -71,6 +73,7 @@ def workers_of(torchrun: subprocess.Popen) -> list[int]:
 # ---------------------------------------------------------------- kill at any instant
 
 
+@pytest.mark.slow
 def test_fifty_runs_killed_at_any_instant_end_as_one_that_was_not(shards, tmp_path):
     unbroken = tmp_path / "unbroken"
     flags = ["train_gpt2", *tiny_flags(shards, unbroken, **STEPS)]
@@ -111,7 +114,7 @@ def test_what_a_killed_run_left_is_cleared_and_nothing_else(shards, tmp_path):
     assert {*others} == {path.name for path in (tmp_path / "log").iterdir()} & {*left_over, *others}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_job_within_a_minute_and_the_same_command_goes_on(shards, tmp_path, rank):
     flags = tiny_flags(shards, tmp_path / "log", **STEPS | {"max_steps": 200, "save_every": 10, "eval_every": 0})
     process = start_script(["train_gpt2.py", *flags], ranks=2)
@@ -132,7 +135,7 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_the_same_command_goes_on
     assert_same_run(tmp_path / "log", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("own_store", ["1", "0"])
+@pytest.mark.parametrize("own_store", [pytest.param("1", marks=pytest.mark.slow), "0"])
 def test_torchrun_recovers_from_a_killed_rank_by_itself(shards, tmp_path, own_store):
     flags = tiny_flags(shards, tmp_path / "log", **LONG | {"max_steps": 400, "save_every": 20})
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
@@ -172,7 +175,7 @@ def test_a_run_asked_to_stop_ends_its_step_saves_and_exits_with_0(shards, tmp_pa
     assert_same_run(tmp_path / "log", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("to", ["one rank", "torchrun"])
+@pytest.mark.parametrize("to", [pytest.param("one rank", marks=pytest.mark.slow), "torchrun"])
 def test_ranks_stop_together_whoever_is_asked(shards, tmp_path, to):
     process = start_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "log", **LONG)], ranks=2)
     wait_for(lambda: (tmp_path / "log" / "log.jsonl").exists() and losses_of(tmp_path / "log"), process)
@@ -187,7 +190,7 @@ def test_ranks_stop_together_whoever_is_asked(shards, tmp_path, to):
 
 def test_evaluations_left_out_by_a_stop_are_made_up_for(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", max_steps=6, eval_every=3, save_every=6)
-    assert run_script(["tests/hooks.py", "sigterm_at_step_3", *flags]).returncode == 0
+    assert run_forked(["train_gpt2", *flags], tmp_path, hook="sigterm_at_step_3").returncode == 0
     assert list(read_log(tmp_path / "log" / "log.jsonl")["val"]) == [0]
     assert run_train(flags) == 0
     assert run_train(tiny_flags(shards, tmp_path / "unbroken", max_steps=6, eval_every=3, save_every=6)) == 0
@@ -197,23 +200,23 @@ def test_evaluations_left_out_by_a_stop_are_made_up_for(shards, tmp_path):
 
 
 def test_a_second_signal_ends_at_once_and_one_passed_on_twice_does_not(shards, tmp_path):
-    flags = tiny_flags(shards, tmp_path / "log", eval_every=0)
-    process = start_script(["tests/hooks.py", "hang_at_step_2", *flags])
-    while process.stdout.readline() != "hangs\n":
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    flags = ["train_gpt2", *tiny_flags(shards, tmp_path / "log", eval_every=0)]
+    (tmp_path / "stdout").touch()
+    process = start_forked(flags, tmp_path / "stdout", tmp_path / "stderr", hook="hang_at_step_2")
+    wait_for(lambda: "hangs" in (tmp_path / "stdout").read_text(), process)
+    os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.3)  # else the system may make one of two
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=1.5)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(1.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGINT
 
 
 def test_one_signal_is_one_request_however_long_the_operation_at_work_takes(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log")
-    result = run_script(["tests/hooks.py", "sigterm_in_a_long_operation_at_step_2", *flags])
+    result = run_forked(["train_gpt2", *flags], tmp_path, hook="sigterm_in_a_long_operation_at_step_2")
     assert result.returncode == 0, result.stderr
     assert "stopped after step 2, as asked; saved" in result.stdout
 
@@ -240,7 +243,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_one_that_hangs(shards, tmp_p
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_no_weight(shards, where):
     model, config = GPT(TINY), TrainConfig(batch_tokens=128, micro_batch=4)
-    batches = step_batches(1, Sequences(shards, "train", TINY), config, 0, 1)
+    batches = step_batches(1, sequences(shards, "train"), config, 0, 1)
     optimizer = make_optimizer(model, config)
     train_step(model, optimizer, batches, 1, config, CPU)
     before = {name: w.clone() for name, w in model.state_dict().items()}
@@ -249,7 +252,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(shards, where):
         model.register_forward_hook(lambda module, inputs, loss: loss * math.nan)
     else:
         model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(UserError, match=r"^step 2: loss .*, gradient norm (nan|inf); the weights stay as they were"):
+    with pytest.raises(UserError, match=r"^step 2: loss .*, gradient norm (nan|inf); no weight was changed"):
         train_step(model, optimizer, batches, 2, config, CPU)
     assert_same(dict(model.state_dict()), before)
     assert_same(dict(optimizer.state[model.lm_head.weight]), state)
@@ -265,7 +268,7 @@ def test_weights_that_an_update_made_infinite_are_not_saved(shards, tmp_path):
 
 def test_a_step_that_is_not_finite_on_one_rank_stops_all_and_the_last_checkpoint_stays(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", save_every=1)
-    result = run_script(["tests/hooks.py", "nan_at_step_4_on_rank_1", *flags], ranks=2, timeout=60)
+    result = run_forked(["train_gpt2", *flags], tmp_path, ranks=2, hook="nan_at_step_4_on_rank_1")
     assert result.returncode != 0
     for rank in (0, 1):
         assert f"train_gpt2.py [rank {rank}]: step 4: loss nan, gradient norm nan" in result.stderr
@@ -286,7 +289,7 @@ def test_a_step_waits_for_the_device_once_whatever_the_number_of_micro_batches(s
     real = torch.Tensor.tolist
     lists = []  # of which the mode hears nothing
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor) or real(tensor))
-    data, counts = Sequences(shards, "train", TINY), []
+    data, counts = sequences(shards, "train"), []
     for micro_batch in (8, 1):
         model, config = GPT(TINY), TrainConfig(batch_tokens=128, micro_batch=micro_batch)
         optimizer = make_optimizer(model, config)
@@ -339,7 +342,7 @@ def test_a_log_that_cannot_be_written_is_one_line(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", max_steps=60, eval_every=0, save_every=0)
     result = run_script(["train_gpt2.py", *flags], preexec_fn=small_files(5000))
     assert result.returncode == 1
-    assert result.stderr == f"train_gpt2.py: {tmp_path / 'log' / 'log.jsonl'}: File too large\n"
+    assert result.stderr == "train_gpt2.py: File too large\n"
 
 
 def test_an_out_dir_that_is_lost_while_training_is_one_line(shards, tmp_path):
@@ -374,19 +377,10 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(shards, tmp_path)
     assert_one_line(result)
     refusal = f"another run is at work in {tmp_path / 'log'}: wait for its end, or give another --out_dir"
     assert refusal in result.stderr
-    restarted = run_script(["train_gpt2.py", *flags[1:]], ranks=2, torchrun=["--max-restarts=1"])
-    assert restarted.returncode != 0
-    assert restarted.stderr.count(refusal) == 2
     first.terminate()
     first.join(60)
     assert first.exitcode == 0, (tmp_path / "stderr").read_text()
     assert [*read_log(tmp_path / "log" / "log.jsonl")["start"]] == [0]
-
-
-def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path):
-    with pytest.raises(OSError, match="name too long"):
-        checkpoint.find(tmp_path / ("x" * 300))
-    assert checkpoint.find(tmp_path / "nowhere") == []
 
 
 def test_the_last_two_checkpoints_are_kept_and_those_of_keep_every(shards, tmp_path):
@@ -427,7 +421,7 @@ def overwrite_shard(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [os.unlink, replace_shard, overwrite_shard, lambda path: os.truncate(path, 150)])
 def test_a_shard_that_changes_while_training_ends_it_with_a_line(shards, change):
-    data = Sequences(shards, "train", TINY)
+    data = sequences(shards, "train")
     expected = data.read(range(len(data)))
     assert_same(data.read(range(len(data))), expected)
     change(data.paths[1])
@@ -439,7 +433,7 @@ def test_a_shard_that_changes_while_training_ends_it_with_a_line(shards, change)
 
 def test_any_number_of_shards_takes_no_more_open_files(shards):
     before = len(os.listdir("/proc/self/fd"))
-    data = Sequences(shards, "train", TINY)
+    data = sequences(shards, "train")
     data.read(range(len(data)))
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -504,12 +498,6 @@ def agent(port: int, node: str, flags: list, own_store: str = "1") -> subprocess
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def processes_of(torchrun: subprocess.Popen) -> list[int]:
     return [torchrun.pid, *workers_of(torchrun)]
 
@@ -528,15 +516,17 @@ def test_two_machines_train_like_one_process(shards, tmp_path):
     assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_machines_that_could_not_restart_say_so_at_the_start(shards, tmp_path):
     port, flags = free_port(), tiny_flags(shards, tmp_path / "log")
     both = [agent(port, node, flags, own_store="0") for node in "ab"]
     assert 0 not in [process.wait(120) for process in both]
-    mend = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun\n"
-    assert all(mend in (tmp_path / f"log.{node}").read_text() for node in "ab")
+    fix = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun\n"
+    assert all(fix in (tmp_path / f"log.{node}").read_text() for node in "ab")
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_machine_that_is_started_again_goes_on(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", **LONG | {"max_steps": 600, "save_every": 20})
     port = free_port()

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_untrusted import ROWS
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": True}
 ABSURD = st.sampled_from(["", "-1", "0", "1e309", "nan", "inf", "-inf", "1.5", "x", "🐍", "٣", "-", "--",
                           "99999999999999999999", "4294967295", "4294967296", "2147483648", "1e-320", "True", "None",

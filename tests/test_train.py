@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
-import time
 
 import pytest
 import torch
@@ -15,12 +13,15 @@ from conftest import (
     assert_same,
     losses,
     newest,
+    run_forked,
     run_script,
     run_train,
+    sequences,
     small_files,
-    start_script,
+    start_forked,
     stop_after,
     tiny_flags,
+    wait_for,
     write_shards,
 )
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -30,7 +31,7 @@ from support import checkpoint
 from support.cli import UserError
 from support.log import Log, draw_curves, read_log
 from support.world import World, peak_flops
-from train_gpt2 import GPT, Sequences, TrainConfig, learning_rate, make_optimizer, step_batches, train_step
+from train_gpt2 import GPT, TrainConfig, learning_rate, make_optimizer, step_batches, train_step
 
 # ---------------------------------------------------------------- a step
 
@@ -38,7 +39,7 @@ ONE = TrainConfig(batch_tokens=128, micro_batch=8, warmup_steps=0, max_lr=0.5, g
 
 
 def test_accumulated_gradients_are_those_of_one_big_batch(shards):
-    data = Sequences(shards, "train", TINY)
+    data = sequences(shards, "train")
     results = []
     for micro_batch in (8, 2, 1):
         model = GPT(TINY)
@@ -53,7 +54,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(shards):
 
 
 def test_a_step_clips_the_gradient_sets_the_rate_and_gives_the_loss_before_it(shards):
-    batches = step_batches(1, Sequences(shards, "train", TINY), ONE, 0, 1)
+    batches = step_batches(1, sequences(shards, "train"), ONE, 0, 1)
     model = GPT(TINY)
     before, expected = {n: p.clone() for n, p in model.named_parameters()}, model(*batches[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=ONE.max_lr)
@@ -67,7 +68,7 @@ def test_a_step_clips_the_gradient_sets_the_rate_and_gives_the_loss_before_it(sh
 
 
 def test_grad_clip_0_does_not_clip(shards):
-    batches = step_batches(1, Sequences(shards, "train", TINY), ONE, 0, 1)
+    batches = step_batches(1, sequences(shards, "train"), ONE, 0, 1)
     results = []
     for clip in (0, 1e9):
         model = GPT(TINY)
@@ -102,7 +103,7 @@ def test_the_peak_is_known_for_known_gpus_only(monkeypatch, name, peak):
 
 
 def test_gpt2_124m_takes_0_855_gflop_a_token():
-    assert train_gpt2.flops_per_token(train_gpt2.GPTConfig()) == pytest.approx(0.855e9, rel=1e-3)
+    assert GPT(train_gpt2.GPTConfig(), seed=None).flops_per_token() == pytest.approx(0.855e9, rel=1e-3)
 
 
 def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine():
@@ -153,14 +154,14 @@ def test_a_run_learns_and_logs_what_happened(shards, tmp_path, capsys):
 
 def test_validation_at_step_0_is_of_the_untrained_model(shards, tmp_path):
     run_train(tiny_flags(shards, tmp_path / "log"))
-    data = Sequences(shards, "val", TINY)
+    data = sequences(shards, "val")
     expected = GPT(TINY, seed=1337)(*data.read(range(10))).item()
     assert read_log(tmp_path / "log" / "log.jsonl")["val"][0]["loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_two_ranks_train_like_one(shards, tmp_path):
     run_train(tiny_flags(shards, tmp_path / "one", micro_batch=8))
-    result = run_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "two", micro_batch=2)], ranks=2)
+    result = run_forked(["train_gpt2", *tiny_flags(shards, tmp_path / "two", micro_batch=2)], tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
@@ -175,11 +176,12 @@ def test_two_ranks_train_like_one(shards, tmp_path):
 def test_a_rank_that_fails_ends_the_job(shards, tmp_path):
     # The first rank goes on into a collective that the second one never joins.
     flags = tiny_flags(shards, tmp_path / "log")
-    result = run_script(["tests/hooks.py", "fail_on_rank_1", *flags], ranks=2, timeout=60)
+    result = run_forked(["train_gpt2", *flags], tmp_path, ranks=2, hook="fail_on_rank_1")
     assert result.returncode != 0
     assert "train_gpt2.py [rank 1]: rank 1 fails here" in result.stderr
 
 
+@pytest.mark.slow
 def test_compile_validation_and_sampling_work_in_one_run(shards, tmp_path, capsys):
     assert run_train(tiny_flags(shards, tmp_path / "eager")) == 0
     flags = tiny_flags(shards, tmp_path / "log", compile=True, sample_every=3, max_length=20)
@@ -240,12 +242,11 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(unbroken, shards, tmp_path, s
 def test_a_killed_run_goes_on_with_the_same_command(unbroken, shards, tmp_path):
     out = tmp_path / "killed"
     flags = tiny_flags(shards, out, save_every=1)
-    process = start_script(["train_gpt2.py", *flags])
-    while not checkpoint.find(out) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    result = run_script(["train_gpt2.py", *flags])
+    process = start_forked(["train_gpt2", *flags], tmp_path / "stdout", tmp_path / "stderr")
+    wait_for(lambda: checkpoint.find(out), process)
+    process.kill()
+    process.join()
+    result = run_forked(["train_gpt2", *flags], tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same(newest(out)["model"], newest(unbroken[0])["model"])
     assert losses(out) == losses(unbroken[0])
@@ -255,7 +256,7 @@ def test_a_run_resumes_compiled_on_other_ranks_and_micro_batches_with_the_same_b
     out = tmp_path / "moved"
     stop_after(3, tiny_flags(shards, out, save_every=1))
     flags = tiny_flags(shards, out, save_every=1, micro_batch=2, compile=True)
-    result = run_script(["train_gpt2.py", *flags], ranks=2)
+    result = run_forked(["train_gpt2", *flags], tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr
     assert "step 3 to 6" in result.stdout
     assert "warning" not in result.stderr
@@ -344,17 +345,17 @@ def test_no_resume_never_overwrites_a_run(unbroken, capsys):
 def test_a_log_line_cut_by_a_kill_harms_no_other(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"event": "train", "step": 1, "loss": 2.0}) + '\n{"event": "train", "st')
-    log = Log(path, CPU)
+    log = Log(tmp_path, CPU)
     log.write("train", 2, loss=1.0)
     log.write("train", 2, loss=0.5)
     del log  # which has the file locked
-    Log(path, CPU)
+    Log(tmp_path, CPU)
     assert {step: entry["loss"] for step, entry in read_log(path)["train"].items()} == {1: 2.0, 2: 0.5}
     assert len(path.read_text().splitlines()) == 4
 
 
 def test_a_log_without_what_a_new_run_undid(tmp_path):
-    log = Log(tmp_path / "log.jsonl", CPU)
+    log = Log(tmp_path, CPU)
     log.write("start", 0)
     for step in (1, 2, 3):
         log.write("train", step, loss=1.0)
@@ -379,7 +380,7 @@ def test_training_goes_on_from_weights_of_transformers_and_resumes(shards, tmp_p
     stop_after(3, flags)
     assert run_train(flags) == 0
     first = read_log(tmp_path / "log" / "log.jsonl")["val"][0]["loss"]
-    x, y = Sequences(shards, "val", TINY).read(range(10))
+    x, y = sequences(shards, "val").read(range(10))
     expected = torch.nn.functional.cross_entropy(theirs.eval()(x).logits.flatten(0, 1), y.flatten()).item()
     assert first == pytest.approx(expected, abs=1e-4)
     assert list(losses(tmp_path / "log")) == [1, 2, 3, 4, 5, 6]
@@ -394,7 +395,7 @@ def test_reference_lines_are_drawn_only_where_the_data_are_the_same(tmp_path, mo
 
     drawn = []
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: drawn.append(y))
-    log = Log(tmp_path / "log.jsonl", CPU)
+    log = Log(tmp_path, CPU)
     log.write("start", 0, data=data, block_size=1024, batch_tokens=8, parameters=1)
     log.write("val", 0, loss=3.0, tokens=8)
     draw_curves(log.path, tmp_path / "curves.png")
