@@ -281,7 +281,7 @@ READERS = {".parquet": read_parquet, ".jsonl": read_json_lines, ".jsonl.gz": rea
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Rows:
-    """The rows of a file, by its reader; what that raises for a damaged one is among DAMAGE."""
+    """A file's rows, from its reader, which must raise one of DAMAGE for a bad file."""
     reader = next(READERS[suffix] for suffix in READERS if path.name.endswith(suffix))
     return reader(path, columns)
 

@@ -195,7 +195,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         V, T, C = config.vocab_size, config.block_size, config.n_embd
-        with torch.device("meta"):  # where torch's own initial weights, not GPT-2's, take no time
+        with torch.device("meta"):  # skips torch's own initial weights; buffers made here are lost
             self.transformer = nn.ModuleDict({
                 # With a weight given: drawing one would import the compiler, for a second.
                 "wte": nn.Embedding(V, C, _weight=torch.empty(V, C)),
@@ -258,9 +258,9 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, positions=None, mask=None, cache=None) -> Tensor:
         """Hidden states (B, T, C) after ln_f, for token ids (B, T).
 
-        By default, position t sees 0 to t. Positions (B, T) and a boolean mask (B, 1, T, T), true where a
-        token (row) may see another (column), replace that. With a cache (n_layer, 2, B, H, S, D), tokens
-        are the last T of S, all or one: it holds keys and values of those before, and takes theirs.
+        By default, position t sees 0 to t. Positions (B, T) or (T,) and a boolean mask (B, 1, T, T), true
+        where a token (row) may see another (column), replace that. With a cache (n_layer, 2, B, H, S, D)
+        tokens are the last T of S positions (T = S or 1); their keys and values are put in it.
         """
         T = tokens.size(1)
         if positions is None:
@@ -338,7 +338,7 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
 
 
 class Sequences:
-    """A split's sequences, numbered: block_size + 1 tokens from each multiple of it in a shard.
+    """A split's sequences: number i is block_size + 1 tokens from i * block_size, shard by shard.
 
     A sequence's last token is the next one's first; none crosses the end of its shard. UserError if
     the folder has no shards of the split, or none as long as a sequence.
@@ -384,7 +384,7 @@ def ramp_totals(config: TrainConfig) -> list[int]:
     steps, unit, full = config.batch_ramp_steps, config.batch_ramp_from, config.batch_tokens
     batches = []
     for done in range(steps):
-        # The line from unit to full, to the nearest multiple of unit; exact, as in integers.
+        # Linear from unit to full, rounded to a multiple of unit, in exact integers.
         multiple = 1 + (2 * (full - unit) * done + steps * unit) // (2 * steps * unit)
         batches.append(min(multiple * unit, full))
     return [0, *accumulate(batches)]
@@ -412,7 +412,7 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
     mine = range(first + rank * count // size, first + (rank + 1) * count // size)
     n = len(data)
     x, y = data.read(epoch_order(config.seed, i // n, n)[i % n] for i in mine)
-    # On the ramp, what divides each of its batches: so torch.compile sees two shapes in all.
+    # A divisor of every batch on the ramp, so that torch.compile sees only two shapes.
     unit = config.batch_ramp_from if step <= config.batch_ramp_steps else config.batch_tokens
     micro_batch = math.gcd(config.micro_batch, unit // T // size)
     return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
@@ -474,7 +474,7 @@ def train_step(
             loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    loss, norm = world.mean(torch.stack([total, norm])).tolist()  # the only wait
+    loss, norm = world.mean(torch.stack([total, norm])).tolist()  # the step's only wait
     if not math.isfinite(loss + norm):
         raise UserError(
             f"step {step}: loss {loss}, gradient norm {norm}; no weight was changed, and the newest "
@@ -584,7 +584,7 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
         checkpoint.restore_optimizer(optimizer, state)
     if world.sum(step)[0] != step * world.size:
         raise UserError(f"the ranks see different checkpoints: they don't share {config.out_dir}")
-    # A new run has a mask of its own; weights that are only evaluated keep theirs.
+    # A new run sets its own mask; with --max_steps 0 the weights keep theirs.
     if step == 0 and config.mask_unseen:
         model.allow(fineweb.find_token_ids(config.data_dir, model.config.n_vocab))
     elif step == 0 and config.max_steps:
@@ -596,7 +596,7 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     """What train_step() calls: the model, its weights shared, wrapped for several ranks and compiled."""
     step_model: nn.Module = model
     if world.size > 1:
-        step_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        step_model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     if config.compile and world.can_compile():
         step_model = torch.compile(step_model, dynamic=False)
     return step_model

@@ -44,7 +44,7 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, co
             torch.save(state, file)
         except RuntimeError as error:  # torch's writer hides the reason, a full disk say, in the context
             raise UserError(f"cannot write {path}: {one_line(error.__context__ or error)}") from None
-    # Later ones are damaged, as the run began before them: they don't count.
+    # Later ones are damaged, as the run resumed before them: don't count them.
     earlier = [path for path in find(config.out_dir) if step_of(path) <= step]
     for old in earlier[:-2]:
         if not config.keep_every or step_of(old) % config.keep_every:
@@ -85,7 +85,7 @@ def newest(out_dir: str) -> dict[str, Any] | None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what a checkpoint's optimiser had learned; settings stay those of the command line."""
+    """Load the optimiser's state; its groups (rates, decay) stay those of make_optimizer()."""
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
     for group in optimizer.param_groups:

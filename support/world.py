@@ -38,7 +38,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 class World:
     """Which of the run's processes (ranks) this one is, and the device it computes on.
 
-    All ranks must call mean(), sum() and any() in the same order, or they wait for each other for ever.
+    All ranks must call mean(), sum(), any() and what DDP wraps in the same order, or they wait for each other.
     """
 
     rank: int
@@ -134,8 +134,8 @@ def join_world(device_name: str, dtype_name: str) -> Iterator[World]:
         return
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        # Ranks that are started again look for each other where those before them were, but for a prefix on which
-        # they agree (github.com/pytorch/pytorch/issues/135712). On several machines each agent counts restarts itself.
+        # Restarted ranks meet in the old ranks' store, so they need a prefix on which all of them agree
+        # (github.com/pytorch/pytorch/issues/135712). On several machines each agent counts restarts itself.
         if local_size < size:
             fix = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
             raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {fix}")

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import CPU, TINY, assert_same, losses, newest, run_train, sequences, stop_after, tiny_flags
 
+import hellaswag
 import train_gpt2
+from hellaswag import Example, HellaSwag
 from support import checkpoint
 from support.tokens import tokenizer
 from train_gpt2 import GPT, TrainConfig, learning_rate, step_batches, train_step
@@ -15,11 +17,12 @@ def sgd(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 class RotaryAttention(train_gpt2.CausalSelfAttention):
-    """Attention that turns queries and keys by their positions, as in RoPE; it asks nothing of the rest."""
+    """Attention that turns queries and keys by their positions, as in RoPE."""
 
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D)
-        T, D = x.shape[-2:]
-        angles = torch.arange(T)[:, None] / 100 ** (torch.arange(0, D, 2) / D)
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D), by the positions (T,) or (B, T)
+        D = x.size(-1)
+        angles = self.positions[..., None] / 100 ** (torch.arange(0, D, 2) / D)
+        angles = angles if angles.dim() == 2 else angles[:, None]
         real, imaginary = x[..., 0::2], x[..., 1::2]
         turned = (real * angles.cos() - imaginary * angles.sin(), real * angles.sin() + imaginary * angles.cos())
         return torch.stack(turned, dim=-1).flatten(-2)
@@ -27,11 +30,12 @@ class RotaryAttention(train_gpt2.CausalSelfAttention):
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
-        if cache is not None:  # keys wait in it unturned
+        q, k = self.rotate(q), self.rotate(k)
+        if cache is not None:
             cache[0, :, :, -T:], cache[1, :, :, -T:] = k, v
             k, v = cache
-        q = self.rotate(torch.nn.functional.pad(q, (0, 0, k.size(2) - T, 0)))[:, :, -T:]
-        y = torch.nn.functional.scaled_dot_product_attention(q, self.rotate(k), v, attn_mask=mask, is_causal=T > 1)
+        causal = mask is None and T > 1
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -43,8 +47,11 @@ class RotaryGPT(GPT):
         del self.transformer.wpe
 
     def hidden(self, tokens, positions=None, mask=None, cache=None):
+        T = tokens.size(1)
+        S = T if cache is None else cache.size(-2)
         x = self.transformer.wte(tokens)
         for i, block in enumerate(self.transformer.h):
+            block.attn.positions = torch.arange(S - T, S) if positions is None else positions
             x = block(x, mask, None if cache is None else cache[i])
         return self.transformer.ln_f(x)
 
@@ -89,6 +96,21 @@ def test_another_position_encoding_trains_resumes_and_samples(shards, tmp_path, 
     while len(expected) < 12:
         expected.append(model(torch.tensor([expected]))[0, -1].argmax().item())
     assert text == tokenizer().decode(expected) + "\n"
+
+
+def test_another_position_encoding_is_scored_by_hellaswag_as_its_endings_alone(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "CausalSelfAttention", RotaryAttention)
+    model, context, endings = RotaryGPT(TINY), [5, 6, 7], [[8, 9, 1], [10, 2], [11, 12, 3], [13]]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10)  # so that attention matters
+        expected = []
+        for ending in endings:
+            log_probabilities = model(torch.tensor([context + ending]))[0].log_softmax(-1)
+            places = range(len(context) - 1, len(context + ending) - 1)
+            expected.append(sum(log_probabilities[i, token].item() for i, token in zip(places, ending, strict=True)))
+    data = HellaSwag([Example(0, context, endings, [1] * 4, 0)], "completion", TINY)
+    assert hellaswag.evaluate(model, data, CPU)[0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_error_in_the_models_code_on_resume_is_a_traceback_and_no_checkpoint_is_passed_over(
