@@ -47,8 +47,7 @@ AGAIN = "complete shards are kept, and the same command again resumes after them
 
 # ---------------------------------------------------------------- tokens
 
-# What a worker gets at once: some 30 ms of work.
-BATCH_CHARACTERS = 1_000_000
+BATCH_CHARACTERS = 1_000_000  # what a worker gets at once: some 30 ms of work
 
 
 class Place(NamedTuple):
@@ -166,7 +165,6 @@ class Manifest:
 
     @property
     def tokens(self) -> int:
-        """How many all shards hold."""
         return sum(shard["tokens"] for shard in self.shards)
 
     def shard_name(self, number: int) -> str:
@@ -316,10 +314,7 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
             place, texts, characters = Place(number + 1, 0), [], 0
 
 
-HUB_FIX = f"check the network, --dataset, --subset and --revision; {AGAIN}"
-
-
-def ask_hub(function: Callable, *args, tries: int = 3, fix: str = HUB_FIX, **kwargs):
+def ask_hub(function: Callable, *args, tries: int = 3, fix: str = "", **kwargs):
     """function(...) of huggingface_hub, tried so many times; UserError, which ends in `fix`."""
     for left in reversed(range(tries)):
         try:
@@ -328,6 +323,7 @@ def ask_hub(function: Callable, *args, tries: int = 3, fix: str = HUB_FIX, **kwa
             if isinstance(error, OSError) and error.errno:  # of the disk
                 raise
             if not left:
+                fix = fix or f"check the network, --dataset, --subset and --revision; {AGAIN}"
                 raise UserError(f"the Hub: {one_line(error)}: {fix}") from None
             time.sleep(1)
 
@@ -415,7 +411,7 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "tokenizer"):
         was, now = getattr(manifest, name), getattr(wanted, name)
         if was != now:
-            raise UserError(f"{folder} has shards with {name} {was}, not {now}: give another --out_dir")
+            raise UserError(f"{folder} was begun with {name} {was}, not {now}: give another --out_dir")
     return manifest if manifest.shards else None
 
 
@@ -530,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
     switch("--demo", help="write the demo corpus, which needs no network")
     switch("--verify", help="compare the shards in --out_dir with their manifest.json")
     args = parser.parse_args(argv)
-    if min(args.shard_tokens, args.workers, args.max_tokens or 1) < 1:
+    if min(args.shard_tokens, args.workers, 1 if args.max_tokens is None else args.max_tokens) < 1:
         parser.error("--shard_tokens, --workers and --max_tokens must be above 0")
     subset = args.subset
     if subset is None:

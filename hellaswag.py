@@ -41,7 +41,6 @@ FILE = "data/validation-00000-of-00001.parquet"
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
 FIELDS = {"completion": ("ctx", "endings", "label"),
           "harness": ("activity_label", "ctx_a", "ctx_b", "endings", "label")}  # fmt: skip
-UNIT = {"completion": "tokens of the ending", "harness": "characters of the ending"}
 BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 1024}  # in a batch, with its padding
 LOGIT_ROWS = 768  # at a time: 155 MB in float32, and no fewer than a batch on a CPU usually needs
 
@@ -191,7 +190,8 @@ class HellaSwag:
             # Scores that are not numbers are never right, nor are four that are impossible.
             p = result[name] = float(np.mean((values.argmax(1) == self.labels) & np.isfinite(values.max(1))))
             result[f"{name}_stderr"] = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-        return result | {"normalization": UNIT[self.style], "examples": n}
+        unit = "tokens" if self.style == "completion" else "characters"
+        return result | {"normalization": f"{unit} of the ending", "examples": n}
 
     def normalized(self, scores: np.ndarray) -> np.ndarray:
         """Scores over lengths (n, 4); minus infinity for an ending that the harness leaves empty."""
@@ -204,9 +204,9 @@ def load_or_warn(source: str, config, world: World) -> HellaSwag | None:
     try:
         data = HellaSwag(read_examples(source, "completion"), "completion", config, world.device.type)
     except (UserError, OSError) as error:
-        why = str(error)
+        why = one_line(error)
     if world.any(why):
-        warn(f"going on without HellaSwag: {why or 'another rank lacks it'}")
+        warn(f"continuing without HellaSwag: {why or 'another rank lacks it'}")
         return None
     return data
 

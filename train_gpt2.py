@@ -85,7 +85,7 @@ class TrainConfig(Config):
     batch_tokens: int = option(2**19, "tokens per step, over all ranks", min=1, fixed=True)
     micro_batch: int = option(64, "sequences per forward pass on one device", min=1)
     batch_ramp_steps: int = option(0, "steps of a growing batch; 0 = none", min=0, fixed=True)
-    batch_ramp_from: int = option(2**15, "tokens of its first, and its unit", min=1, fixed=True)
+    batch_ramp_from: int = option(2**15, "tokens of its first step, and its unit", min=1, fixed=True)
     mask_unseen: bool = option(False, "mask tokens that occur nowhere in the shards", fixed=True)
     val_tokens: int = option(10_485_760, "tokens in a validation, at most", min=1)
     eval_every: int = option(250, "steps between validations; 0 = never", min=0)
@@ -478,7 +478,7 @@ def train_step(
     if not math.isfinite(loss + norm):
         raise UserError(
             f"step {step}: loss {loss}, gradient norm {norm}; no weight was changed, and the newest "
-            "checkpoint is good: go on from it in another --out_dir with "
+            "checkpoint is good: start from it in another --out_dir with "
             f"--init_from {config.out_dir} and a lower --max_lr"
         )
     for group in optimizer.param_groups:
@@ -544,17 +544,19 @@ def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, wor
     return [prompt + list(takewhile(lambda token: token != END_OF_TEXT, row)) for row in drawn_rows]
 
 
-def encode_prompt(config: SampleConfig) -> list[int]:
-    """Token ids of the prompt; UserError if it leaves no room for more."""
+def encode_prompt(config: SampleConfig, n_vocab: int) -> list[int]:
+    """Token ids of the prompt; UserError if it leaves no room, or the model doesn't know one."""
     prompt = tokenizer().encode_ordinary(config.prompt) or [END_OF_TEXT]
     if len(prompt) >= config.max_length:
         raise UserError(f"--prompt has {len(prompt)} tokens: --max_length must be above that", 2)
+    if max(prompt) >= n_vocab:
+        raise UserError(f"--prompt has token {max(prompt)}, the model knows {n_vocab}", 2)
     return prompt
 
 
 def sample_texts(model: GPT, config: SampleConfig, seed: int, world: World) -> list[str]:
     """The samples as text, without the <|endoftext|> that an empty prompt starts from."""
-    prompt = encode_prompt(config)
+    prompt = encode_prompt(config, model.config.n_vocab)
     samples = generate(model, prompt, config, seed, world)
     first = 1 if prompt[0] == END_OF_TEXT else 0
     return [tokenizer().decode(tokens[first:]) for tokens in samples]
@@ -607,10 +609,10 @@ def due(step: int, every: int, config: TrainConfig) -> bool:
     return every > 0 and (step % every == 0 or step == config.max_steps)
 
 
-def measure(step, model: GPT, val_data, examples, config, sample_config, log: Log) -> None:
+def measure(step, model: GPT, val_data, examples, config, sample_config, log: Log, requests) -> None:
     """Whatever is due after a step, on the plain model, while the training clock stands still.
 
-    val_data (Sequences) and examples (HellaSwag) may be None.
+    val_data (Sequences) and examples (HellaSwag) may be None; requests to stop leave out what can wait.
     """
     validate = val_data is not None and due(step, config.eval_every, config)
     score = examples is not None and due(step, config.hellaswag_every, config)
@@ -618,13 +620,14 @@ def measure(step, model: GPT, val_data, examples, config, sample_config, log: Lo
         loss, tokens = evaluate(model, val_data, config, log.world)
         text = f"validation loss {loss:.4f} over {tokens:,} tokens"
         log.write("val", step, text, loss=loss, tokens=tokens)
-    if score:
+    if score and not log.world.any(requests):
         found = examples.summary(hellaswag.evaluate(model, examples, log.world))
         text = f"HellaSwag acc_norm {found['acc_norm']:.4f}, acc {found['acc']:.4f}"
         log.write("hellaswag", step, text, **found)
     if validate or score:
         log.draw_curves()
-    if log.world.is_main and step > 0 and due(step, config.sample_every, config):
+    sampling = log.world.is_main and not requests and step > 0
+    if sampling and due(step, config.sample_every, config):
         for text in sample_texts(model, sample_config, config.seed, log.world):
             log.world.say(f"step {step:5d} | sample: {text}")
 
@@ -643,7 +646,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     if config.max_steps:
         check_batch(config, T, world.size)
     if config.sample_every:
-        encode_prompt(sample_config)
+        encode_prompt(sample_config, model.config.n_vocab)
     data = Sequences(config.data_dir, "train", T, token_ids)
     val_data = examples = None
     if config.eval_every:
@@ -654,8 +657,9 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
         examples = hellaswag.load_or_warn(config.hellaswag_data, model.config, world)
 
     # Measure the untrained model, or what a run that was stopped has left out.
+    requests: list[float] = []  # to stop: the times of signals
     look = partial(measure, model=model, val_data=val_data, examples=examples, config=config,
-                   sample_config=sample_config, log=log)  # fmt: skip
+                   sample_config=sample_config, log=log, requests=requests)  # fmt: skip
     every = {"val": config.eval_every, "hellaswag": config.hellaswag_every if examples else 0}
     due_now = [event for event, n in every.items() if due(start, n, config)]
     if start == 0 or log.lacks(due_now, start):
@@ -666,7 +670,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     step_model = make_step_model(model, config, world) if steps else model
     batches = prefetch(lambda step: step_batches(step, data, config, world.rank, world.size), steps)
     saves = config.save_every + config.keep_every > 0
-    with listen_for_stop() as requests:
+    with listen_for_stop(requests):
         for step in steps:
             began = time.perf_counter()
             loss, norm = train_step(step_model, optimizer, next(batches), step, config, world)
@@ -703,7 +707,8 @@ def main(argv: list[str] | None = None) -> None:
             train(gpt_config, config, sample_config, world)
         elif world.is_main:
             model = load_model(source, flags.get("block_size"))
-            print(f"weights of {source}", file=sys.stderr)  # stdout is for the samples
+            found = checkpoint.find(source)[-1:] or [source]
+            print(f"weights of {found[0]}", file=sys.stderr)  # stdout is for the samples
             if flags["export"]:
                 with whole_folder(flags["export"]) as folder:
                     model.save_pretrained(folder)

@@ -20,7 +20,6 @@ class DamagedError(UserError):
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name, ckpt_STEP.pt."""
     return int(path.stem.removeprefix("ckpt_"))
 
 
@@ -62,6 +61,8 @@ def read(path: Path) -> dict[str, Any]:
     except (MemoryError, PermissionError, FileNotFoundError):
         raise
     except Exception as error:  # a damaged pickle stream raises any of a dozen kinds
+        if "allocate memory" in str(error):
+            raise
         why = one_line(error)
         if isinstance(error, UnpicklingError | zipfile.BadZipFile):  # torch's words advise to run the file's code
             why = "no checkpoint, or one that holds code"
@@ -86,16 +87,19 @@ def newest(out_dir: str) -> dict[str, Any] | None:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the optimiser's state; its groups (rates, decay) stay those of make_optimizer()."""
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+    settings, saved = optimizer.state_dict()["param_groups"], state["optimizer"]
+    # The saved groups' parameters, so that torch finds out if they are grouped in another way.
+    groups = [own | {"params": was["params"]} for own, was in zip(settings, saved["param_groups"], strict=False)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for group in optimizer.param_groups:
         if not group.get("fused"):
             continue
         for p in group["params"]:  # a fused kernel trusts the shapes that it is given
             for name, value in optimizer.state[p].items():
-                if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
-                    shapes = f"{tuple(value.shape)} for a weight of shape {tuple(p.shape)}"
-                    raise ValueError(f"the optimizer's {name} in the checkpoint has shape {shapes}")
+                if not torch.is_tensor(value) or name == "step":
+                    continue
+                if value.shape != p.shape or not value.is_contiguous():
+                    raise ValueError(f"the optimizer's {name} in the checkpoint is not of shape {tuple(p.shape)}")
 
 
 def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
@@ -114,4 +118,4 @@ def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
             flag = f"--no-{f.name}" if was is False else f"--{f.name}" if was is True else f"--{f.name} {was}"
             extend = ", --extend to let it grow" if grows else ""
             found = f"--{f.name} is {value}, but {was} in the run in {config.out_dir}"
-            raise UserError(f"{found}: give {flag} to go on with it{extend}, or another --out_dir", status=2)
+            raise UserError(f"{found}: give {flag} to resume it{extend}, or another --out_dir", status=2)

@@ -53,7 +53,7 @@ def exit_status(main: Callable[[], None], program: str) -> int:
         known = "out of memory|allocate memory|Storage size"
         if not isinstance(error, MemoryError) and not re.search(known, str(error)):
             raise
-        fix = "take a smaller --micro_batch, fewer --num_samples with --sample, or a smaller model"
+        fix = "take smaller batches (--micro_batch; --num_samples to sample) or a smaller model"
         message, status = f"out of memory: {fix} ({one_line(error)})", 1
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         program += f" [rank {os.environ.get('RANK')}]"
@@ -110,11 +110,10 @@ class Config:
 
 
 def as_typed(default) -> str:
-    """A default as a person would type it: 6e-4, 0.1."""
     if isinstance(default, bool):
         return "yes" if default else "no"
     if isinstance(default, float) and 0 < default < 0.01:
-        return np.format_float_scientific(default, trim="-", exp_digits=1)
+        return np.format_float_scientific(default, trim="-", exp_digits=1)  # 6e-4
     return str(default)
 
 

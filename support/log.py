@@ -53,8 +53,12 @@ class Log:
             return
         if text:
             self.world.say(f"step {step:5d} | {text}")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "step": step} | values) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, "step": step} | values) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # which a failed write doesn't tell
+            raise
 
     def begin(self, step: int, model, data, config, sample_config) -> None:
         """Log settings, versions and facts; UserError if the run began with other shards."""

@@ -18,9 +18,9 @@ from support.cli import UserError, one_line, warn
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; matched as whole words.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,
-    "B200": 2250, "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125,
-    "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A40": 149.7, "RTX A6000": 154.8, "A10": 125, "L40S": 362, "L4": 121,
+    "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
 }  # fmt: skip
 
 
@@ -80,7 +80,6 @@ class World:
         return self.sum(bool(value))[0] > 0
 
     def say(self, text: str) -> None:
-        """Print a line, once for all ranks."""
         if self.is_main:
             print(text, flush=True)
 
@@ -90,7 +89,7 @@ class World:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
             return True
         except Exception as error:  # each backend has errors of its own for this
-            warn(f"torch.compile does not work here, going on without it ({one_line(error)})")
+            warn(f"torch.compile does not work here, continuing without it ({one_line(error)})")
             return False
 
 
@@ -152,7 +151,7 @@ def join_world(device_name: str, dtype_name: str) -> Iterator[World]:
         gone = "gloo/|NCCL|[Cc]onnection (closed|reset|refused)"
         if not isinstance(error, dist.DistError) and not re.search(gone, str(error)):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would be faster than this line
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: first this line
         fix = "the same command resumes from the newest checkpoint, as does torchrun by itself with --max-restarts"
         raise UserError(f"lost another rank, whose own line says more: {fix} ({one_line(error)})") from None
     # Not after an error: the others may sit in a collective that this rank will never join.
@@ -160,9 +159,8 @@ def join_world(device_name: str, dtype_name: str) -> Iterator[World]:
 
 
 @contextmanager
-def listen_for_stop() -> Iterator[list[float]]:
-    """A list that gets the times of SIGTERM and SIGINT; one a second after the first ends the process."""
-    requests: list[float] = []
+def listen_for_stop(requests: list[float]) -> Iterator[None]:
+    """Put the times of SIGTERM and SIGINT into a list; one a second after the first ends the process."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
 
@@ -178,7 +176,7 @@ def listen_for_stop() -> Iterator[list[float]]:
     signal.set_wakeup_fd(sender.fileno())
     threading.Thread(target=listen, daemon=True).start()
     try:
-        yield requests
+        yield
     finally:
         signal.set_wakeup_fd(-1)
         sender.close()

@@ -52,6 +52,18 @@ def sigterm_at_step_3(step, model):
         time.sleep(0.1)
 
 
+def sigterm_while_step_2_is_measured(step, model):
+    if step == 2:
+        real = train_gpt2.evaluate
+
+        def evaluate(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            return real(*args)
+
+        train_gpt2.evaluate = evaluate
+
+
 def hang_at_step_2(step, model):
     if step == 2:
         print("hangs", flush=True)

@@ -113,6 +113,18 @@ def test_another_position_encoding_is_scored_by_hellaswag_as_its_endings_alone(m
     assert hellaswag.evaluate(model, data, CPU)[0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_parameters_that_are_grouped_in_another_way_are_refused(shards, tmp_path, monkeypatch):
+    def grouped(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+        first, *rest = model.parameters()
+        return torch.optim.SGD([{"params": rest}, {"params": [first]}], lr=config.max_lr, momentum=0.9)
+
+    monkeypatch.setattr(train_gpt2, "make_optimizer", grouped)
+    stop_after(3, flags := tiny_flags(shards, tmp_path / "log", save_every=1))
+    monkeypatch.setattr(train_gpt2, "make_optimizer", sgd)
+    with pytest.raises(ValueError, match="parameter group"):
+        run_train(flags)
+
+
 def test_an_error_in_the_models_code_on_resume_is_a_traceback_and_no_checkpoint_is_passed_over(
     shards, tmp_path, monkeypatch, capsys
 ):

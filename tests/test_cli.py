@@ -143,7 +143,7 @@ def test_a_bad_flag_is_one_line_and_status_2(shards, tmp_path, capsys, argv, nam
 @pytest.mark.parametrize("n_embd", [2**24, 2**31])
 def test_a_model_too_large_for_the_memory_is_one_line(shards, tmp_path, capsys, n_embd):
     assert run_train(tiny_flags(shards, tmp_path / "log", n_embd=n_embd)) == 1
-    assert "out of memory: take a smaller --micro_batch" in the_line(capsys)
+    assert "out of memory: take smaller batches (--micro_batch;" in the_line(capsys)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -193,6 +193,8 @@ def test_an_out_dir_that_takes_no_files_is_named(shards, capsys):
     [
         ["--prompt", "one two three", "--max_length", "3"],
         ["--prompt", "one two three four", "--max_length", "3"],
+        ["--prompt", "language"],
+        ["--prompt", ""],
     ],
 )
 def test_sampling_flags_that_do_not_fit_are_refused(shards, tmp_path, capsys, argv):

@@ -201,7 +201,7 @@ def test_what_another_run_made_in_the_meantime_is_not_overwritten(edu, tmp_path)
     edu.before_listing = lambda: fineweb.build(folder, Manifest(str(text), "", "main", 100, None))
     result = run(edu, tmp_path)
     assert result.returncode == 1
-    assert "has shards with dataset" in result.lines[-1]
+    assert "was begun with dataset" in result.lines[-1]
     assert verify(folder).dataset == str(text)
 
 

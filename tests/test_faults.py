@@ -199,6 +199,15 @@ def test_evaluations_left_out_by_a_stop_are_made_up_for(shards, tmp_path):
         assert {s: e["loss"] for s, e in found[event].items()} == {s: e["loss"] for s, e in expected[event].items()}
 
 
+def test_a_stop_while_measuring_leaves_out_what_is_still_to_be_measured(shards, tmp_path):
+    flags = tiny_flags(shards, tmp_path / "log", eval_every=2, sample_every=2, max_length=8)
+    result = run_forked(["train_gpt2", *flags], tmp_path, hook="sigterm_while_step_2_is_measured")
+    assert result.returncode == 0, result.stderr
+    assert "step     2 | validation loss" in result.stdout
+    assert "sample: " not in result.stdout
+    assert "stopped after step 3" in result.stdout
+
+
 def test_a_second_signal_ends_at_once_and_one_passed_on_twice_does_not(shards, tmp_path):
     flags = ["train_gpt2", *tiny_flags(shards, tmp_path / "log", eval_every=0)]
     (tmp_path / "stdout").touch()
@@ -342,7 +351,7 @@ def test_a_log_that_cannot_be_written_is_one_line(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", max_steps=60, eval_every=0, save_every=0)
     result = run_script(["train_gpt2.py", *flags], preexec_fn=small_files(5000))
     assert result.returncode == 1
-    assert result.stderr == "train_gpt2.py: File too large\n"
+    assert result.stderr == f"train_gpt2.py: {tmp_path / 'log' / 'log.jsonl'}: File too large\n"
 
 
 def test_an_out_dir_that_is_lost_while_training_is_one_line(shards, tmp_path):

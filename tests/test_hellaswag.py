@@ -411,7 +411,7 @@ def test_without_the_data_there_is_one_warning_and_training_goes_on(shards, tmp_
     assert result.returncode == 0, result.stderr
     warnings = [line for line in result.stderr.splitlines() if "HellaSwag" in line or "Hub" in line]
     assert len(warnings) == 1
-    assert warnings[0].startswith("warning: going on without HellaSwag: the Hub: ")
+    assert warnings[0].startswith("warning: continuing without HellaSwag: the Hub: ")
     assert warnings[0].endswith("--hellaswag_data in training)")
     log = read_log(tmp_path / "log" / "log.jsonl")
     assert list(log["train"]) == [1, 2, 3, 4, 5, 6]
@@ -426,7 +426,7 @@ def test_if_only_the_other_rank_lacks_the_data_both_go_on_without(tmp_path, caps
     data, config = write(tmp_path / "rows.jsonl", ROWS), GPTConfig()
     assert hellaswag.load_or_warn(data, config, CPU) is not None
     assert hellaswag.load_or_warn(data, config, Other(0, 2, CPU.device, CPU.dtype)) is None
-    assert capsys.readouterr().err == "warning: going on without HellaSwag: another rank lacks it\n"
+    assert capsys.readouterr().err == "warning: continuing without HellaSwag: another rank lacks it\n"
 
 
 @pytest.mark.filterwarnings("error:No artists")  # in the picture, when there is no loss yet

@@ -167,9 +167,9 @@ def test_a_masked_run_learns_and_its_resume_is_bitwise(sparse, tmp_path, capsys)
     capsys.readouterr()
     assert run_train(tiny_flags(sparse, tmp_path / "log")) == 2
     assert "--mask_unseen is False, but True" in (error := capsys.readouterr().err)
-    assert "give --mask_unseen to go on with it" in error
+    assert "give --mask_unseen to resume it" in error
     assert run_train(tiny_flags(sparse, tmp_path / "plain", mask_unseen=True)) == 2
-    assert "give --no-mask_unseen to go on with it" in capsys.readouterr().err
+    assert "give --no-mask_unseen to resume it" in capsys.readouterr().err
 
 
 def test_a_mask_that_leaves_nothing_out_changes_nothing_to_the_bit(tmp_path):

@@ -139,7 +139,7 @@ def test_other_types_than_float32_have_a_loss_too(dtype):
     assert model.to(dtype)(x, x).item() == pytest.approx(expected, rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_gelu_made_again_has_the_same_gradients():
+def test_recomputed_gelu_has_the_same_gradients():
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 9, 48), (16, 48), (16,))
     x, weight, bias = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
