@@ -65,7 +65,9 @@ def test_help_names_every_flag_and_says_what_a_resumed_run_may_change():
     assert "--extend" in result.stdout[result.stdout.index("A run resumes") :]
 
 
-@pytest.mark.parametrize("mode", ["--help", "--sample", "train"])
+@pytest.mark.parametrize(
+    "mode", ["--help", pytest.param("--sample", marks=pytest.mark.slow), pytest.param("train", marks=pytest.mark.slow)]
+)
 def test_nothing_is_imported_that_the_mode_does_not_need(mode, shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", compile=False, max_steps=1, warmup_steps=0, eval_every=0)
     if mode == "--sample":

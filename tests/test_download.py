@@ -274,6 +274,7 @@ BOUNDS = "--shard_tokens, --workers and --max_tokens must be above 0"
         (["--verify"], 1, "cannot read edu_fineweb10B/manifest.json"),
         (["--shard_tokens", "0"], 2, BOUNDS),
         (["--workers", "0"], 2, BOUNDS),
+        (["--max_tokens", "0"], 2, BOUNDS),
         (["--max_tokens", "-1"], 2, BOUNDS),
         (["--max_tokens", "1e9"], 2, "argument --max_tokens: invalid int value: '1e9'"),
     ],

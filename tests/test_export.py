@@ -158,6 +158,7 @@ def test_nothing_that_exists_is_overwritten_by_an_export(exported, tmp_path, cap
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_an_export_to_a_full_disk_leaves_nothing_and_one_line(exported, tmp_path):
     argv = ["train_gpt2.py", "--export", tmp_path / "out", "--out_dir", exported / "log"]
     result = run_script(argv, preexec_fn=small_files(300_000))
@@ -176,6 +177,7 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_half_folder_and_the_next_one_is_whole(exported, tmp_path):
     argv = ["train_gpt2", "--export", tmp_path / "out", "--out_dir", exported / "log"]
     process = start_forked(argv, tmp_path / "stdout", tmp_path / "stderr")
@@ -297,7 +299,8 @@ def test_a_run_from_cropped_weights_trains_resumes_and_keeps_its_block_size(expo
     assert "--block_size is 8, but 16 in the run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["gpt2", pytest.param("gpt2-xl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["gpt2", "gpt2-xl"])
 def test_the_weights_of_a_name_come_from_the_hub(exported, tmp_path, hub, size):
     hub.datasets[size] = {path.name: path.read_bytes() for path in (exported / "out").iterdir()}
     argv = tiny_flags(exported / "data", tmp_path / "log", init_from=size, max_steps=0, **STEPS)

@@ -114,7 +114,8 @@ def test_what_a_killed_run_left_is_cleared_and_nothing_else(shards, tmp_path):
     assert {*others} == {path.name for path in (tmp_path / "log").iterdir()} & {*left_over, *others}
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job_within_a_minute_and_the_same_command_goes_on(shards, tmp_path, rank):
     flags = tiny_flags(shards, tmp_path / "log", **STEPS | {"max_steps": 200, "save_every": 10, "eval_every": 0})
     process = start_script(["train_gpt2.py", *flags], ranks=2)
@@ -135,7 +136,8 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_the_same_command_goes_on
     assert_same_run(tmp_path / "log", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("own_store", [pytest.param("1", marks=pytest.mark.slow), "0"])
+@pytest.mark.slow
+@pytest.mark.parametrize("own_store", ["1", "0"])
 def test_torchrun_recovers_from_a_killed_rank_by_itself(shards, tmp_path, own_store):
     flags = tiny_flags(shards, tmp_path / "log", **LONG | {"max_steps": 400, "save_every": 20})
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": own_store}
@@ -151,7 +153,7 @@ def test_torchrun_recovers_from_a_killed_rank_by_itself(shards, tmp_path, own_st
 # ---------------------------------------------------------------- asked to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_run_asked_to_stop_ends_its_step_saves_and_exits_with_0(shards, tmp_path, number):
     out, err = tmp_path / "stdout", tmp_path / "stderr"
     flags = ["train_gpt2", *tiny_flags(shards, tmp_path / "log", **LONG | {"max_steps": 300, "keep_every": 1000})]
@@ -230,6 +232,7 @@ def test_one_signal_is_one_request_however_long_the_operation_at_work_takes(shar
     assert "stopped after step 2, as asked; saved" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_rank_that_waits_for_one_that_hangs(shards, tmp_path):
     process = start_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "log", **LONG)], ranks=2)
     wait_for(lambda: (tmp_path / "log" / "log.jsonl").exists() and losses_of(tmp_path / "log"), process)
@@ -511,6 +514,7 @@ def processes_of(torchrun: subprocess.Popen) -> list[int]:
     return [torchrun.pid, *workers_of(torchrun)]
 
 
+@pytest.mark.slow
 def test_two_machines_train_like_one_process(shards, tmp_path):
     port, flags = free_port(), tiny_flags(shards, tmp_path / "two")
     both = [agent(port, node, flags) for node in "ab"]

@@ -403,7 +403,8 @@ def test_compile_validation_hellaswag_and_sampling_work_in_one_run(shards, tmp_p
     assert (tmp_path / "log" / "curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_without_the_data_there_is_one_warning_and_training_goes_on(shards, tmp_path, hub, ranks):
     hub.datasets[DATASET] = {}
     flags = tiny_flags(shards, tmp_path / "log", hellaswag_every=3)

@@ -14,7 +14,7 @@ from test_untrusted import ROWS
 pytestmark = pytest.mark.slow
 
 SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": True}
-ABSURD = st.sampled_from(["", "-1", "0", "1e309", "nan", "inf", "-inf", "1.5", "x", "🐍", "٣", "-", "--",
+ABSURD = st.sampled_from(["", "-1", "0", "1e309", "nan", "inf", "-inf", "1.5", "x", "🐍", "٣", "-",
                           "99999999999999999999", "4294967295", "4294967296", "2147483648", "1e-320", "True", "None",
                           " 7 ", "0x10"])  # fmt: skip
 WORDS = st.text(max_size=30).filter(lambda text: "\0" not in text and "/" not in text)
@@ -43,12 +43,12 @@ def place(tmp_path_factory) -> Path:
 TRAIN = {
     "seed": numbers(1, 2), "device": st.sampled_from(["cpu", "cuda", "cuda:7", "mps", "auto", "tpu", "cpu:1", ""]),
     "dtype": st.sampled_from(["auto", "bfloat16", "float32", "float16", "int8", ""]),
-    "block_size": numbers(8, 16, 1, 400), "vocab_size": numbers(96, 97, 50304), "n_layer": numbers(1, 2),
+    "block_size": numbers(8, 16, 1, 400), "vocab_size": numbers(96, 97, 50304), "n_layer": numbers(1, 2, huge=False),
     "n_head": numbers(1, 2, 3), "n_embd": numbers(16, 8, 1, 6), "max_steps": numbers(0, 1, 2, 3, huge=False),
     "warmup_steps": numbers(0, 1, 2), "max_lr": numbers(1e-3, 1.0, 1e30), "min_lr": numbers(0, 1e-4, 1e30),
     "weight_decay": numbers(0.1, 0, 1e30), "grad_clip": numbers(1, 0, 1e-30),
     "batch_tokens": numbers(128, 64, 96, huge=False), "micro_batch": numbers(1, 2, 4, 8),
-    "batch_ramp_steps": numbers(0, 2), "batch_ramp_from": numbers(16, 32),
+    "batch_ramp_steps": numbers(0, 2, huge=False), "batch_ramp_from": numbers(16, 32),
     "val_tokens": numbers(16, 160), "eval_every": numbers(0, 1, 2), "hellaswag_every": numbers(0, 2),
     "hellaswag_data": st.sampled_from(["rows.jsonl", "data", "nowhere.jsonl", "x" * 300]),
     "sample_every": numbers(0, 1), "save_every": numbers(0, 1, 2), "keep_every": numbers(0, 2),

@@ -218,6 +218,7 @@ def test_a_shard_with_a_token_that_the_mask_leaves_out_is_named(sparse, tmp_path
     assert f"{path} holds token 1, which is none of the model's" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_of_a_masked_run_serve_another_without_its_mask(sparse, shards, tmp_path):
     assert run_train(tiny_flags(sparse, tmp_path / "masked", mask_unseen=True, max_steps=3)) == 0
     assert len(load_model(str(tmp_path / "masked")).token_ids) == len(occurring(sparse))

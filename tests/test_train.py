@@ -196,6 +196,7 @@ def test_compile_validation_and_sampling_work_in_one_run(shards, tmp_path, capsy
     assert newest(tmp_path / "log")["model"].keys() == GPT(TINY).state_dict().keys()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_there_is_a_warning_and_training_goes_on(shards, tmp_path):
     env = {"PATH": "/nonexistent", "CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     flags = tiny_flags(shards, tmp_path / "log", compile=True, max_steps=3, eval_every=0)
@@ -252,6 +253,7 @@ def test_a_killed_run_goes_on_with_the_same_command(unbroken, shards, tmp_path):
     assert losses(out) == losses(unbroken[0])
 
 
+@pytest.mark.slow
 def test_a_run_resumes_compiled_on_other_ranks_and_micro_batches_with_the_same_batches(unbroken, shards, tmp_path):
     out = tmp_path / "moved"
     stop_after(3, tiny_flags(shards, out, save_every=1))
@@ -364,6 +366,7 @@ def test_a_log_without_what_a_new_run_undid(tmp_path):
     assert {step: entry["loss"] for step, entry in read_log(log.path)["train"].items()} == {1: 1.0, 2: 0.5}
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_in_full_leaves_the_old_checkpoint_and_one_line(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "log", n_embd=64, eval_every=0)
     result = run_script(["train_gpt2.py", *flags], preexec_fn=small_files(300_000))

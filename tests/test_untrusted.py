@@ -54,7 +54,11 @@ def marker(tmp_path) -> Path:
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("place", ["model", "optimizer", "TrainConfig", "step", "the file", "no archive"])
+@pytest.mark.parametrize(
+    "place",
+    ["model", *(pytest.param(place, marks=pytest.mark.slow) for place in ("optimizer", "TrainConfig", "step")),
+     "the file", pytest.param("no archive", marks=pytest.mark.slow)],
+)  # fmt: skip
 @pytest.mark.parametrize("door", ["resume", "sample", "export", "init_from", "hellaswag"])
 def test_a_checkpoint_runs_no_code(shards, tmp_path, marker, place, door):
     out = tmp_path / "log"
