@@ -60,6 +60,13 @@ def write_shards(folder: Path, lengths: list[int], split: str = "train", suffix:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def pictures_on_request_only(request, monkeypatch):
+    """Drawing takes a third of the time of runs as small as these: only tests with the marker `picture` draw."""
+    if "picture" not in request.keywords:
+        monkeypatch.setattr("support.log.draw_curves", lambda log_path, picture: None)
+
+
 @pytest.fixture
 def shards(tmp_path) -> Path:
     """A folder with one validation shard and three training shards of uneven lengths: 20 training sequences."""

@@ -385,7 +385,8 @@ def test_the_validation_split_is_fetched_once(hub, tmp_path):
 # ---------------------------------------------------------------- in training
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_compile_validation_hellaswag_and_sampling_work_in_one_run(shards, tmp_path, alone, ranks):
     data = write(tmp_path / "rows.jsonl", ROWS * 12)
     flags = tiny_flags(shards, tmp_path / "log", vocab_size=50304, compile=True, sample_every=3, max_length=9,
@@ -430,6 +431,7 @@ def test_if_only_the_other_rank_lacks_the_data_both_go_on_without(tmp_path, caps
     assert capsys.readouterr().err == "warning: continuing without HellaSwag: another rank lacks it\n"
 
 
+@pytest.mark.picture
 @pytest.mark.filterwarnings("error:No artists")  # in the picture, when there is no loss yet
 def test_hellaswag_leaves_the_losses_as_they_were(shards, tmp_path):
     data = write(tmp_path / "rows.jsonl", ROWS)

@@ -130,6 +130,7 @@ def test_weight_decay_is_for_tensors_of_two_dimensions_or_more_and_adamw_is_fuse
 # ---------------------------------------------------------------- a run
 
 
+@pytest.mark.picture
 def test_a_run_learns_and_logs_what_happened(shards, tmp_path, capsys):
     out = tmp_path / "log"
     assert run_train(tiny_flags(shards, out, sample_every=6, max_length=20)) == 0
