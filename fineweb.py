@@ -199,10 +199,8 @@ def find_token_ids(data_dir: str, n_vocab: int) -> list[int]:
         if {shard["name"] for shard in manifest.shards} == {path.name for path in paths}:
             token_ids = manifest.token_ids
     if token_ids is None:
-        counts = np.zeros(2**16, dtype=np.int64)
-        for path in tqdm(paths, desc="which tokens occur", unit="shard", disable=None):
-            counts += count_ids(open_shard(path))
-        token_ids = np.flatnonzero(counts).tolist()
+        bar = tqdm(paths, desc="which tokens occur", unit="shard", disable=None)
+        token_ids = np.flatnonzero(sum(count_ids(open_shard(path)) for path in bar)).tolist()
     if not token_ids or token_ids[-1] >= n_vocab:
         what = f"token {token_ids[-1]}, the model knows {n_vocab}" if token_ids else "no tokens"
         raise UserError(f"{data_dir} holds {what}: replace the shards, or a manifest.json that is not about them")
@@ -337,6 +335,8 @@ def find_source(manifest: Manifest) -> None:
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
         files = list_hub(manifest)
         suffixes, names = (".parquet",), ready_made_shards(files, manifest.max_tokens or sys.maxsize)
+        if len({Path(name).name for name in names}) < len(names):
+            raise UserError(f"several shards in {place} have the same name: choose a folder of it with --subset")
     else:
         raise UserError(f"there is no folder {manifest.dataset} (on the Hub, a dataset would be OWNER/NAME)")
     names = names or sorted(name for name in files if name.endswith(suffixes))

@@ -372,6 +372,14 @@ def test_a_bad_ready_made_shard_is_named_and_the_good_ones_stay(shards, tmp_path
     assert not any("000003" in path for _, path in shards.asked)
 
 
+def test_ready_made_shards_of_the_same_name_are_refused(shards, tmp_path):
+    files = shards.datasets["owner/fineweb10B-gpt2"]
+    files["more/fineweb_train_000001.bin"] = files["fineweb_train_000001.bin"]
+    result = run(shards, tmp_path, "--dataset", "owner/fineweb10B-gpt2")
+    assert result.returncode == 1
+    assert "have the same name: choose a folder of it with --subset" in result.lines[-1]
+
+
 def test_a_disk_that_fills_up_during_a_download_is_not_taken_for_the_network(edu, tmp_path):
     limit = small_files(20_000)
     result = run(edu, tmp_path, preexec_fn=limit)
