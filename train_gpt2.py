@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from support import checkpoint, cpu, huggingface
 from support.cli import Config, UserError, option, parse_configs, run_script
 from support.files import prefetch, whole_folder
 from support.log import Log
+from support.muon import Muon
 from support.tokens import END_OF_TEXT, N_VOCAB, Shard, find_shards, tokenizer
 from support.world import World, join_world, listen_for_stop
 
@@ -76,11 +77,14 @@ class TrainConfig(Config):
     device: str = option("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is")
     dtype: str = option("auto", "bfloat16 or float32; auto: the first on CUDA")
     compile: bool = option(True, "use torch.compile for the training step")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "for the blocks' matrices", fixed=True)
     max_steps: int = option(19073, "optimiser steps", min=0, fixed=True)
     warmup_steps: int = option(715, "steps of linear warm-up", min=0, fixed=True)
     max_lr: float = option(6e-4, "learning rate after the warm-up", min=1e-12, fixed=True)
-    min_lr: float = option(6e-5, "learning rate at the end of the cosine", min=0, fixed=True)
-    weight_decay: float = option(0.1, "for matrices and embeddings", min=0, fixed=True)
+    min_lr: float = option(6e-5, "learning rate at the end", min=0, fixed=True)
+    decay: Literal["cosine", "linear"] = option("cosine", "the way from one to the other", fixed=True)
+    weight_decay: float = option(0.1, "for matrices and embeddings; muon: matrices", min=0, fixed=True)
+    init_std: float = option(0.02, "standard deviation of the initial weights", min=0, fixed=True)
     grad_clip: float = option(1.0, "largest gradient norm; 0 = no limit", min=0, fixed=True)
     batch_tokens: int = option(2**19, "tokens per step, over all ranks", min=1, fixed=True)
     micro_batch: int = option(64, "sequences per forward pass on one device", min=1)
@@ -96,7 +100,7 @@ class TrainConfig(Config):
     keep_every: int = option(0, "steps between those that are kept for good; 0 = none", min=0)
     init_from: str = option("scratch", "or gpt2[-medium, -large, -xl], DIR, FILE", fixed=True)
     resume: bool = option(True, "resume from the newest checkpoint in --out_dir")
-    extend: bool = option(False, "let --max_steps grow on resume, which stretches the cosine")
+    extend: bool = option(False, "let --max_steps grow on resume, which stretches the decay")
     demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
 
     def check(self):
@@ -118,6 +122,9 @@ class SampleConfig(Config):
     top_k: int = option(50, "draw among the k likeliest tokens", min=1)
     temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", min=0)
 
+
+# What --optimizer muon changes: from published records of models of this size, see the README.
+MUON = {"max_steps": 7000, "warmup_steps": 250, "max_lr": 1.8e-3, "min_lr": 0.0, "decay": "linear"}
 
 # What --demo changes: a step takes 0.2 s on two CPU cores.
 DEMO = {
@@ -210,21 +217,23 @@ class GPT(nn.Module):
         self.register_buffer("token_bias", torch.empty(V), persistent=False)
         self.allow(range(config.n_vocab))
         if seed is not None:
-            self.init_weights(torch.Generator().manual_seed(seed))
+            self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Normal(0, 0.02), for residual projections 0.02 / sqrt(2 n_layer); biases 0, gains 1."""
+    def init_weights(self, seed: int, std: float = 0.02, zero_residual: bool = False) -> None:
+        """Normal(0, std), residual projections less by sqrt(2 n_layer), or 0; biases 0, gains 1."""
+        generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            residual = name.endswith("c_proj.weight")
+            if name.endswith("bias") or (residual and zero_residual):
                 p.zero_()
             elif p.dim() < 2:
                 p.fill_(1.0)
-            elif name.endswith("c_proj.weight"):
+            elif residual:
                 # 2 n_layer of them add up in the residual stream, whatever the depth.
-                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
+                p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer), generator=generator)
             else:
-                p.normal_(0.0, 0.02, generator=generator)
+                p.normal_(0.0, std, generator=generator)
         self.transformer.wte.weight[self.config.n_vocab :] = 0
 
     def allow(self, token_ids: Iterable[int]) -> None:
@@ -434,25 +443,31 @@ def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of update `step`, counted from 1: linear to max_lr, then a cosine to min_lr."""
+    """The rate of update `step`, counted from 1: linear to max_lr, then to min_lr as --decay says."""
     if step <= config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
-    steps = config.max_steps - config.warmup_steps
-    cosine = math.cos(math.pi * ((step - 1 - config.warmup_steps) / steps))  # from 1 to nearly -1
-    return config.min_lr + 0.5 * (1 + cosine) * (config.max_lr - config.min_lr)
+    done = (step - 1 - config.warmup_steps) / (config.max_steps - config.warmup_steps)  # from 0 to nearly 1
+    height = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + height * (config.max_lr - config.min_lr)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW that decays matrices and embeddings, but neither biases nor LayerNorms.
+    """AdamW that decays matrices and embeddings, but neither biases nor LayerNorms; or Muon.
 
     Any optimiser will do: nothing else asks which it is. A group's own "lr" keeps its ratio to max_lr.
     """
     parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    small = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    large = [p for p in parameters if p.dim() >= 2]
+    if config.optimizer == "adamw":
+        groups = [{"params": large, "weight_decay": config.weight_decay}, small]
+        return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    # Muon is for matrices that map one hidden state to another. An embedding is a table of rows.
+    inside = set(model.transformer.h.parameters())
+    matrices = [p for p in large if p in inside]
+    tables = [p for p in large if p not in inside]
+    others = [{"params": tables, "lr": 2 * config.max_lr, "weight_decay": 0.0}, small]
+    return Muon(matrices, others, lr=config.max_lr, weight_decay=config.weight_decay)
 
 
 def train_step(
@@ -577,7 +592,8 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
         checkpoint.check_same_run(state, gpt_config, config)
         model, step = GPT.from_checkpoint(state), state["step"]
     elif config.init_from == "scratch":
-        model, step = GPT(gpt_config, config.seed), 0
+        model, step = GPT(gpt_config, seed=None), 0
+        model.init_weights(config.seed, config.init_std, zero_residual=config.optimizer == "muon")
     else:
         model, step = load_model(config.init_from, gpt_config and gpt_config.block_size), 0
     model.to(world.device)
@@ -695,7 +711,8 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
 
 def main(argv: list[str] | None = None) -> None:
     kinds = {"training": TrainConfig, "model": GPTConfig, "sampling": SampleConfig}
-    flags, (config, gpt_config, sample_config) = parse_configs(argv, __doc__, DEMO, kinds)
+    presets = {"--optimizer muon": MUON, "--demo": DEMO}
+    flags, (config, gpt_config, sample_config) = parse_configs(argv, __doc__, presets, kinds)
     source = config.out_dir if config.init_from == "scratch" else config.init_from
     if config.init_from != "scratch":
         for name in vars(gpt_config).keys() & flags.keys() - {"block_size"}:

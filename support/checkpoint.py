@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from support.cli import UserError, one_line, warn
+from support.cli import UserError, as_flag, one_line, warn
 from support.files import whole_file
 
 
@@ -115,7 +115,7 @@ def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
             grows = f.name == "max_steps" and value > was
             if grows and config.extend:
                 continue
-            flag = f"--no-{f.name}" if was is False else f"--{f.name}" if was is True else f"--{f.name} {was}"
             extend = ", --extend to let it grow" if grows else ""
             found = f"--{f.name} is {value}, but {was} in the run in {config.out_dir}"
-            raise UserError(f"{found}: give {flag} to resume it{extend}, or another --out_dir", status=2)
+            fix = f"give {as_flag(f.name, was)} to resume it{extend}, or another --out_dir"
+            raise UserError(f"{found}: {fix}", status=2)

@@ -6,11 +6,12 @@ import math
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
@@ -117,10 +118,27 @@ def as_typed(default) -> str:
     return str(default)
 
 
-def parse_configs(argv: list[str] | None, doc: str, demo: dict, kinds: dict) -> tuple[dict[str, Any], list]:
-    """The flags that were given, and a config of each kind, {title: class}; --demo gives other defaults."""
+def as_flag(name: str, value) -> str:
+    """How a command line says that a field has this value."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    text = as_typed(value)
+    return f"--{name} '{text}'" if " " in text else f"--{name} {text}"
+
+
+def parse_configs(argv: list[str] | None, doc: str, presets: dict, kinds: dict) -> tuple[dict[str, Any], list]:
+    """The flags that were given, and a config of each kind, {title: class}.
+
+    Presets, {"--flag" or "--flag value": defaults}, hold where that was given; later ones go first.
+    """
     epilog = """A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks,
---micro_batch, what is measured, sampled and saved and when, and, with --extend, a larger --max_steps."""
+--micro_batch, what is measured, sampled and saved and when, and, with --extend, a larger --max_steps.
+
+What these flags change, unless other flags say otherwise:
+"""
+    for flag, defaults in presets.items():
+        changes = [as_flag(name, value) for name, value in defaults.items()]
+        epilog += textwrap.fill(" ".join([f"{flag}:", *changes]), 118, subsequent_indent="  ") + "\n"
     parser = Parser("train_gpt2.py", doc, epilog)
     modes = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
@@ -128,14 +146,23 @@ def parse_configs(argv: list[str] | None, doc: str, demo: dict, kinds: dict) -> 
     for title, kind in kinds.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(kind):
-            how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
+            how: dict[str, Any] = {"type": f.type, "metavar": "X"}
+            if f.type is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif get_args(f.type):  # of a Literal
+                how = {"choices": get_args(f.type)}
             default = as_typed(f.default)
             text = f.metadata["help"] + (f" (default: {default})" if default else "")
             group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
     if flags["export"] and os.path.lexists(flags["export"]):
         raise UserError(f"--export {flags['export']}: that is there already, name a folder that isn't", 2)
-    values = (demo if flags.get("demo") else {}) | flags
+    values = {}
+    for flag, defaults in presets.items():
+        name, *value = flag.removeprefix("--").split()
+        if [str(flags.get(name))] == (value or ["True"]):
+            values |= defaults
+    values |= flags
     configs = []
     for kind in kinds.values():
         names = {f.name for f in dataclasses.fields(kind)}

@@ -246,6 +246,17 @@ def stop_after(step, flags):
         run_train(flags)
 
 
+def assert_resumes_bitwise(make_flags, shards, tmp_path) -> None:
+    """A run that is stopped after step 3 and started again ends as one that was not."""
+    unbroken, stopped = (make_flags(shards, tmp_path / name, save_every=1) for name in ("unbroken", "stopped"))
+    assert run_train(unbroken) == 0
+    stop_after(3, stopped)
+    assert run_train(stopped) == 0
+    for key in ("model", "optimizer", "step"):
+        assert_same(newest(tmp_path / "stopped")[key], newest(tmp_path / "unbroken")[key])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
+
+
 def sequences(folder: Path, split: str, token_ids=range(96)) -> train_gpt2.Sequences:
     """The sequences of write_shards(), for TINY."""
     return train_gpt2.Sequences(str(folder), split, TINY.block_size, token_ids)

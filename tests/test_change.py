@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from conftest import CPU, TINY, assert_same, losses, newest, run_train, sequences, stop_after, tiny_flags
+from conftest import (
+    CPU,
+    TINY,
+    assert_resumes_bitwise,
+    losses,
+    newest,
+    run_train,
+    sequences,
+    stop_after,
+    tiny_flags,
+)
 
 import hellaswag
 import train_gpt2
@@ -56,21 +66,10 @@ class RotaryGPT(GPT):
         return self.transformer.ln_f(x)
 
 
-def assert_resumes_bitwise(shards, tmp_path) -> None:
-    """A run that is stopped after step 3 and started again ends as one that was not."""
-    unbroken, stopped = (tiny_flags(shards, tmp_path / name, save_every=1) for name in ("unbroken", "stopped"))
-    assert run_train(unbroken) == 0
-    stop_after(3, stopped)
-    assert run_train(stopped) == 0
-    for key in ("model", "optimizer", "step"):
-        assert_same(newest(tmp_path / "stopped")[key], newest(tmp_path / "unbroken")[key])
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
-
-
 def test_another_optimizer_trains_stops_and_resumes_bitwise(shards, tmp_path, monkeypatch):
     assert run_train(tiny_flags(shards, tmp_path / "adamw")) == 0
     monkeypatch.setattr(train_gpt2, "make_optimizer", sgd)
-    assert_resumes_bitwise(shards, tmp_path)
+    assert_resumes_bitwise(tiny_flags, shards, tmp_path)
     assert losses(tmp_path / "unbroken") != losses(tmp_path / "adamw")
     assert newest(tmp_path / "unbroken")["optimizer"]["state"][0].keys() == {"momentum_buffer"}
 
@@ -79,13 +78,13 @@ def test_an_optimizer_whose_state_is_of_another_shape_than_its_weight_resumes_bi
     monkeypatch.setattr(
         train_gpt2, "make_optimizer", lambda model, config: torch.optim.Adafactor(model.parameters(), lr=config.max_lr)
     )
-    assert_resumes_bitwise(shards, tmp_path)
+    assert_resumes_bitwise(tiny_flags, shards, tmp_path)
 
 
 def test_another_position_encoding_trains_resumes_and_samples(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt2, "CausalSelfAttention", RotaryAttention)
     monkeypatch.setattr(train_gpt2, "GPT", RotaryGPT)
-    assert_resumes_bitwise(shards, tmp_path)
+    assert_resumes_bitwise(tiny_flags, shards, tmp_path)
     assert "transformer.wpe.weight" not in newest(tmp_path / "unbroken")["model"]
     capsys.readouterr()
     argv = ["--sample", "--out_dir", tmp_path / "unbroken", "--device", "cpu", "--prompt", "!", "--temperature", 0]
@@ -160,6 +159,6 @@ def test_two_groups_with_rates_of_their_own_keep_their_ratio_through_the_schedul
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([4 * learning_rate(step, config), learning_rate(step, config)], rel=1e-12)
     monkeypatch.setattr(train_gpt2, "make_optimizer", two_rates)
-    assert_resumes_bitwise(shards, tmp_path)
+    assert_resumes_bitwise(tiny_flags, shards, tmp_path)
     saved = newest(tmp_path / "stopped")["optimizer"]["param_groups"]
     assert saved[0]["lr"] == pytest.approx(4 * saved[1]["lr"])
