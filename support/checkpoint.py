@@ -103,7 +103,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 
 def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
-    """Raise UserError, naming the field, if a run had other settings; without gpt_config, any shape will do."""
+    """Raise UserError, naming the fields, if a run had other settings; without gpt_config, any shape will do."""
+    found, flags, extend = [], [], ""
     for now in (config, gpt_config) if gpt_config else (config,):
         saved = state[type(now).__name__]
         for f in dataclasses.fields(now):
@@ -112,10 +113,12 @@ def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
                 continue
             if now is gpt_config and config.init_from != "scratch" and f.name != "block_size":
                 continue  # weights of --init_from bring their shape
-            grows = f.name == "max_steps" and value > was
-            if grows and config.extend:
-                continue
-            extend = ", --extend to let it grow" if grows else ""
-            found = f"--{f.name} is {value}, but {was} in the run in {config.out_dir}"
-            fix = f"give {as_flag(f.name, was)} to resume it{extend}, or another --out_dir"
-            raise UserError(f"{found}: {fix}", status=2)
+            if f.name == "max_steps" and value > was:
+                if config.extend:
+                    continue
+                extend = ", --extend to let it grow"
+            found.append(f"--{f.name} is {value}, but {was}")
+            flags.append(as_flag(f.name, was))
+    if found:
+        fix = f"give {' '.join(flags)} to resume it{extend}, or another --out_dir"
+        raise UserError(f"{'; '.join(found)} in the run in {config.out_dir}: {fix}", status=2)

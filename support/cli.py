@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 import traceback
@@ -122,23 +123,23 @@ def as_flag(name: str, value) -> str:
     """How a command line says that a field has this value."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    text = as_typed(value)
-    return f"--{name} '{text}'" if " " in text else f"--{name} {text}"
+    return f"--{name} {shlex.quote(as_typed(value))}"
 
 
 def parse_configs(argv: list[str] | None, doc: str, presets: dict, kinds: dict) -> tuple[dict[str, Any], list]:
     """The flags that were given, and a config of each kind, {title: class}.
 
-    Presets, {"--flag" or "--flag value": defaults}, hold where that was given; later ones go first.
+    Presets, {(flag, value): defaults}, apply if that flag has that value; later ones override.
     """
     epilog = """A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks,
 --micro_batch, what is measured, sampled and saved and when, and, with --extend, a larger --max_steps.
 
 What these flags change, unless other flags say otherwise:
 """
-    for flag, defaults in presets.items():
-        changes = [as_flag(name, value) for name, value in defaults.items()]
-        epilog += textwrap.fill(" ".join([f"{flag}:", *changes]), 118, subsequent_indent="  ") + "\n"
+    for preset, defaults in presets.items():
+        changes = " ".join(as_flag(name, value) for name, value in defaults.items())
+        text = f"{as_flag(*preset)}: {changes}"
+        epilog += textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False) + "\n"
     parser = Parser("train_gpt2.py", doc, epilog)
     modes = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
@@ -158,9 +159,8 @@ What these flags change, unless other flags say otherwise:
     if flags["export"] and os.path.lexists(flags["export"]):
         raise UserError(f"--export {flags['export']}: that is there already, name a folder that isn't", 2)
     values = {}
-    for flag, defaults in presets.items():
-        name, *value = flag.removeprefix("--").split()
-        if [str(flags.get(name))] == (value or ["True"]):
+    for (flag, value), defaults in presets.items():
+        if flags.get(flag) == value:
             values |= defaults
     values |= flags
     configs = []

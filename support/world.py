@@ -38,7 +38,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 class World:
     """Which of the run's processes (ranks) this one is, and the device it computes on.
 
-    All ranks must call mean(), sum(), any() and what DDP wraps in the same order, or they wait for each other.
+    All ranks must call mean(), sum(), any(), Muon.step() and what DDP wraps in the same order, or they hang.
     """
 
     rank: int
