@@ -57,7 +57,7 @@ def test_help_names_every_flag_and_says_what_a_resumed_run_may_change():
     result = run_script(["train_gpt2.py", "--help"])
     assert result.returncode == 0
     flags = """--data_dir --out_dir --seed --device --dtype --compile --no-compile --block_size --vocab_size
-        --n_layer --n_head --n_embd --optimizer --max_steps --warmup_steps --max_lr --min_lr --decay
+        --n_layer --n_head --n_embd --optimizer --max_steps --warmup_steps --max_lr --min_lr --embedding_lr --decay
         --weight_decay --init_std --grad_clip --batch_tokens --micro_batch --val_tokens --eval_every
         --hellaswag_every --sample_every --save_every --init_from --resume --no-resume --demo --sample
         --prompt --num_samples --max_length --top_k --temperature"""

@@ -26,9 +26,9 @@ from support.log import read_log
 from support.muon import Muon
 from train_gpt2 import DEMO, GPT, MUON, TrainConfig, learning_rate, load_model, make_optimizer, step_batches, train_step
 
-muon_flags = partial(tiny_flags, optimizer="muon", decay="linear", min_lr=0.0)
+muon_flags = partial(tiny_flags, optimizer="muon", decay="linear", min_lr=0.0, embedding_lr=2.0)
 CONFIG = TrainConfig(optimizer="muon", batch_tokens=128, micro_batch=8, max_steps=6, warmup_steps=2, max_lr=1e-2,
-                     min_lr=0.0, decay="linear")  # fmt: skip
+                     min_lr=0.0, embedding_lr=2.0, decay="linear")  # fmt: skip
 DEMO_RECIPE = {name: DEMO[name] for name in ("optimizer", "max_lr", "weight_decay", "init_std", "warmup_steps")}
 SHAPES = [(24, 8), (8, 24), (8, 8), (24, 8), (8, 32), (32, 8)]  # of six matrices, three shapes but for transposing
 
@@ -84,7 +84,7 @@ def test_embeddings_biases_and_gains_get_adamws_update(shards):
     tables = {"params": [p for p in copies.values() if p.dim() == 2], "lr": 2e-2}
     vectors = {"params": [p for p in copies.values() if p.dim() == 1]}
     assert len(tables["params"]) == 2
-    adamw = torch.optim.AdamW([tables, vectors], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW([tables, vectors], lr=1e-2, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
     data = sequences(shards, "train")
     for step in range(1, 4):
         train_step(model, optimizer, step_batches(step, data, CONFIG, 0, 1), step, CONFIG, CPU)
@@ -96,6 +96,16 @@ def test_embeddings_biases_and_gains_get_adamws_update(shards):
         for name, p in others:
             assert torch.equal(p, copies[name]), name
     assert {p for p in optimizer.state if "momentum_buffer" in optimizer.state[p]} == matrices
+
+
+def test_adamws_embeddings_may_have_a_rate_of_their_own_too():
+    model = GPT(TINY)
+    optimizer = make_optimizer(model, TrainConfig(embedding_lr=4.0, max_lr=1e-3))
+    rate = {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(rate) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        expected = 4e-3 if name in ("transformer.wte.weight", "transformer.wpe.weight") else 1e-3
+        assert rate[p] == (pytest.approx(expected), 0.1 if p.dim() == 2 else 0.0)
 
 
 def test_each_groups_rate_follows_the_schedule_after_a_resume_too(shards, tmp_path, monkeypatch):
@@ -189,7 +199,9 @@ def test_muon_brings_its_defaults_and_flags_go_before_them(shards, tmp_path, cap
     with pytest.raises(SystemExit):
         run_train(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--optimizer muon: --max_steps 7000 --warmup_steps 250 --max_lr 1.8e-3 --min_lr 0.0 --decay linear" in said
+    assert (
+        "--optimizer muon: --max_steps 7000 --warmup_steps 250 --max_lr 1.8e-3 --min_lr 0.0 --embedding_lr 2.0" in said
+    )
     assert run_train(["--optimizer", "sgd"]) == 2
     assert "invalid choice: 'sgd' (choose from 'adamw', 'muon')" in capsys.readouterr().err
 
@@ -218,14 +230,15 @@ def test_initial_weights_are_as_wide_as_asked_and_residual_projections_zero_unde
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"optimizer": "adamw"}, "--optimizer is adamw, but muon in the run"),
+    ({"embedding_lr": 1.0}, "--embedding_lr is 1.0, but 2.0 in the run"),
     ({"decay": "cosine"}, "--decay is cosine, but linear in the run"),
     ({"init_std": 0.03}, "--init_std is 0.03, but 0.02 in the run"),
-    ({"optimizer": "adamw", "max_lr": 0.5}, "muon; --max_lr is 0.5, but 0.01 in the run in {}: give --optimizer muon"),
+    ({"max_lr": 0.5, "decay": "cosine"}, "0.01; --decay is cosine, but linear in the run in {}: give {} to resume it"),
 ])  # fmt: skip
 def test_the_recipe_cannot_change_on_resume(shards, tmp_path, capsys, change, said):
     stop_after(3, muon_flags(shards, tmp_path / "log"))
     assert run_train(muon_flags(shards, tmp_path / "log", **change)) == 2
-    assert said.format(tmp_path / "log") in capsys.readouterr().err
+    assert said.format(tmp_path / "log", "--max_lr 0.01 --decay linear") in capsys.readouterr().err
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_resumes_bitwise(shards, tmp_path):
@@ -234,7 +247,7 @@ def test_a_checkpoint_from_before_there_was_a_choice_resumes_bitwise(shards, tmp
     stop_after(3, flags)
     for path in (tmp_path / "old").glob("ckpt_*.pt"):
         state = torch.load(path)
-        for name in ("optimizer", "decay", "init_std"):
+        for name in ("optimizer", "decay", "init_std", "embedding_lr"):
             del state["TrainConfig"][name]
         torch.save(state, path)
     assert run_train(flags) == 0
