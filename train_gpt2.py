@@ -3,6 +3,7 @@
     python train_gpt2.py --demo                           # a small GPT-2 in minutes, on any machine
     python train_gpt2.py                                  # GPT-2 124M on one GPU
     torchrun --nproc_per_node=8 train_gpt2.py             # the same run, batch by batch, on eight
+    python train_gpt2.py --optimizer muon                 # GPT-2 124M from fewer tokens
     python train_gpt2.py --sample --prompt "Once upon"    # text from the newest checkpoint
     python train_gpt2.py --export my_gpt2                 # that checkpoint for `transformers`
 

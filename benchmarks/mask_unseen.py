@@ -32,7 +32,8 @@ CPU = World(0, 1, torch.device("cpu"), torch.float32)
 
 def make_side(shape: GPTConfig, token_ids: list[int] | None, compile: bool, batches: list):
     """A function that trains one step and returns its seconds."""
-    model, config = GPT(shape), TrainConfig(compile=compile)
+    optimizer = DEMO["optimizer"] if shape.n_embd == DEMO["n_embd"] else "adamw"
+    model, config = GPT(shape), TrainConfig(compile=compile, optimizer=optimizer)
     if token_ids:
         model.allow(token_ids)
     optimizer, step_model = make_optimizer(model, config), make_step_model(model, config, CPU)

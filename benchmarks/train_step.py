@@ -4,7 +4,7 @@
     python benchmarks/train_step.py gpu_tried        # settings that may or may not pay on a GPU, a row each
     python benchmarks/train_step.py --losses 200     # the same steps from the same seed, their losses and a picture
 
-A step is what train_gpt2.py's clock covers: the batch from the shards, forward, backward, clipping, AdamW. Each side
+A step is what train_gpt2.py's clock covers: the batch from the shards, forward, backward, clip, update. Each side
 is a process of its own, so that its peak of memory is its own (on a GPU that of CUDA's allocator), and trains on the
 same batches from the same weights. On a CPU the sides take turns, a step each, in an order that is reversed every time;
 on a GPU they run one after another. The batches come from --data_dir, or from the demo corpus, which is written if it
@@ -366,6 +366,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, shards in {args.data_dir}", flush=True)
     for name in works:
         work = WORKS[name]
+        config = replace(config, optimizer=DEMO["optimizer"] if work.shape == DEMO_SHAPE else "adamw")
         if args.losses:
             compare_losses(work, config, args.losses, Path(args.picture))
         else:
