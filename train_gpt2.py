@@ -137,7 +137,7 @@ DEMO = {
     "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False,
     "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
     "optimizer": "muon", "max_steps": 510, "warmup_steps": 40, "max_lr": 16e-3, "min_lr": 0.0,
-    "embedding_lr": 8.0, "decay": "linear", "weight_decay": 0.3, "init_std": 0.07,
+    "embedding_lr": 2.0, "decay": "linear", "weight_decay": 0.3, "init_std": 0.07,
     "batch_tokens": 2048, "micro_batch": 8, "batch_ramp_from": 256, "mask_unseen": True,
     "val_tokens": 40_000, "eval_every": 51, "hellaswag_every": 0, "sample_every": 255,
     "save_every": 255, "prompt": "This function returns",
