@@ -34,7 +34,7 @@ import fineweb
 from support.cli import Parser, UserError, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
 from support.tokens import END_OF_TEXT, encode_document
-from support.world import World, join_world
+from support.world import World, attention_of_any_length, full_float32, join_world
 
 DATASET = "Rowan/hellaswag"
 FILE = "data/validation-00000-of-00001.parquet"
@@ -42,7 +42,7 @@ REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
 FIELDS = {"completion": ("ctx", "endings", "label"),
           "harness": ("activity_label", "ctx_a", "ctx_b", "endings", "label")}  # fmt: skip
 BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 1024}  # in a batch, with its padding
-LOGIT_ROWS = 768  # at a time: 155 MB in float32, and no fewer than a batch on a CPU usually needs
+LOGIT_BYTES = 2**28  # of float32 logits at a time
 
 # ---------------------------------------------------------------- examples
 
@@ -215,14 +215,17 @@ def load_or_warn(source: str, config, world: World) -> HellaSwag | None:
 
 
 @torch.no_grad()
+@full_float32()
 def score(model, batch: Batch, world: World, buffer: Tensor) -> np.ndarray:
     """The log-probability in nats of each token to score, (N,); buffer (rows, V) is reused."""
     batch = Batch(*(world.move(tensor) for tensor in batch))
     # Each token sees the context and what stands before it in its own ending.
     segments = batch.segments
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, T, T)
-    with world.autocast():
-        hidden = model.hidden(batch.tokens, batch.positions, seen.tril()[:, None]).flatten(0, 1)  # (B * T, C)
+    mask = torch.zeros(seen.shape, dtype=world.dtype, device=world.device)  # as attention adds it, in every layer
+    mask.masked_fill_(~seen.tril(), -math.inf)
+    with world.autocast(), attention_of_any_length():
+        hidden = model.hidden(batch.tokens, batch.positions, mask[:, None]).flatten(0, 1)  # (B * T, C)
     found = []
     for rows, target in zip(batch.at.split(len(buffer)), batch.targets.split(len(buffer)), strict=True):
         # In float32: where OpenAI's logits lie, bfloat16 has steps of 0.5; in place, to save time.
@@ -238,7 +241,8 @@ def evaluate(model, data: HellaSwag, world: World, progress: bool = False) -> np
     n = len(data.labels)
     scores = np.zeros(4 * n)
     mine = data.batches[world.rank :: world.size]
-    buffer = torch.empty(LOGIT_ROWS, model.config.vocab_size, device=world.device)
+    V = model.config.vocab_size
+    buffer = torch.empty(max(1, LOGIT_BYTES // (4 * V)), V, device=world.device)
     quiet = None if progress and world.is_main else True  # None: on a terminal
     for batch in tqdm(mine, unit="batch", disable=quiet):
         found = score(model, batch, world, buffer)

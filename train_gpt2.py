@@ -22,8 +22,8 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import accumulate, takewhile
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import fineweb
 import hellaswag
@@ -41,9 +41,11 @@ from support import checkpoint, cpu, huggingface
 from support.cli import Config, UserError, option, parse_configs, run_script
 from support.files import prefetch, whole_folder
 from support.log import Log
+from support.loss import CrossEntropySum
 from support.muon import Muon
+from support.order import sequences_at, tokens_before, tokens_of
 from support.tokens import END_OF_TEXT, N_VOCAB, Shard, find_shards, tokenizer
-from support.world import World, join_world, listen_for_stop
+from support.world import World, attention_of_any_length, full_float32, join_world, listen_for_stop
 
 # ---------------------------------------------------------------- configuration
 
@@ -76,9 +78,10 @@ class TrainConfig(Config):
     out_dir: str = option("log", "folder for log.jsonl, curves.png and the checkpoints")
     seed: int = option(1337, "for initial weights, data order, samples", min=0, fixed=True)
     device: str = option("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "bfloat16 or float32; auto: the first on CUDA")
+    dtype: str = option("auto", "bfloat16 or float32; auto: the first if the device multiplies in it")
     compile: bool = option(True, "use torch.compile for the training step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices", fixed=True)
+    order: Literal["keyed", "stored"] = option("keyed", "stored: that of older runs", fixed=True)
     max_steps: int = option(19073, "optimiser steps", min=0, fixed=True)
     warmup_steps: int = option(715, "steps of linear warm-up", min=0, fixed=True)
     max_lr: float = option(6e-4, "learning rate after the warm-up", min=1e-12, fixed=True)
@@ -89,7 +92,8 @@ class TrainConfig(Config):
     init_std: float = option(0.02, "standard deviation of the initial weights", min=1e-12, fixed=True)
     grad_clip: float = option(1.0, "largest gradient norm; 0 = no limit", min=0, fixed=True)
     batch_tokens: int = option(2**19, "tokens per step, over all ranks", min=1, fixed=True)
-    micro_batch: int = option(64, "sequences per forward pass on one device", min=1)
+    micro_batch: int | Literal["auto"] = option("auto", "sequences per pass; auto: what fits a GPU", min=1)
+    recompute: bool = option(False, "recompute blocks in the backward pass, for memory")
     batch_ramp_steps: int = option(0, "steps of a growing batch; 0 = none", min=0, fixed=True)
     batch_ramp_from: int = option(2**15, "tokens of its first step, and its unit", min=1, fixed=True)
     mask_unseen: bool = option(False, "mask tokens that occur nowhere in the shards", fixed=True)
@@ -134,7 +138,7 @@ MUON = {
 # What --demo changes. Measured for 64 channels, not 768: a higher rate, and initial weights wider by
 # sqrt(768 / 64) (benchmarks/README.md). The text is seen three times, hence more weight decay.
 DEMO = {
-    "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False,
+    "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False, "dtype": "float32",
     "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
     "optimizer": "muon", "max_steps": 510, "warmup_steps": 40, "max_lr": 16e-3, "min_lr": 0.0,
     "embedding_lr": 2.0, "decay": "linear", "weight_decay": 0.3, "init_std": 0.07,
@@ -204,6 +208,9 @@ class GPT(nn.Module):
 
     # At a time: 42,691 rows of 50,304 pass 2**31 elements, where kernels need 64-bit indices.
     LOGIT_ROWS = 32_768
+    # In evaluation, which has float32 logits, and as many numbers again for their softmax.
+    LOGIT_BYTES = 3 * 2**29
+    recompute = False
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         super().__init__()
@@ -283,8 +290,15 @@ class GPT(nn.Module):
             S = T if cache is None else cache.size(-2)
             positions = torch.arange(S - T, S, device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        device, training = x.device.type, torch.is_grad_enabled()
+        if training and torch.is_autocast_enabled(device):
+            # Half the bytes in the residual stream, which most kernels read; LayerNorms compute in float32.
+            x = x.to(torch.get_autocast_dtype(device))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, mask, None if cache is None else cache[i])
+            if training and self.recompute:
+                x = recomputed(block, x, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, None if cache is None else cache[i])
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -297,9 +311,14 @@ class GPT(nn.Module):
         if cpu.by_hand(hidden):
             n = self.config.n_vocab
             return cpu.head_loss(hidden, self.lm_head.weight, n, self.token_ids, targets)
-        total = 0.0
-        for x, y in zip(hidden.split(self.LOGIT_ROWS), targets.split(self.LOGIT_ROWS), strict=True):
-            total = total + F.cross_entropy(self.logits(x), y, reduction="sum")
+        rows, total = self.LOGIT_ROWS, 0.0
+        if not torch.is_grad_enabled():
+            rows = max(1, self.LOGIT_BYTES // (4 * self.config.vocab_size))
+        for x, y in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = self.logits(x)
+            narrow = logits.dtype == torch.bfloat16
+            loss = CrossEntropySum.apply(logits, y) if narrow else F.cross_entropy(logits, y, reduction="sum")
+            total = total + loss
         return total / len(targets)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -388,35 +407,6 @@ class Sequences:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of the n sequences in an epoch; RandomState is frozen, so every NumPy gives the same."""
-    return np.random.RandomState([seed, epoch]).permutation(n)
-
-
-@lru_cache(maxsize=1)
-def ramp_totals(config: TrainConfig) -> list[int]:
-    """Tokens in the first 0, 1, 2, ... batch_ramp_steps updates together."""
-    steps, unit, full = config.batch_ramp_steps, config.batch_ramp_from, config.batch_tokens
-    batches = []
-    for done in range(steps):
-        # Linear from unit to full, rounded to a multiple of unit, in exact integers.
-        multiple = 1 + (2 * (full - unit) * done + steps * unit) // (2 * steps * unit)
-        batches.append(min(multiple * unit, full))
-    return [0, *accumulate(batches)]
-
-
-def tokens_before(step: int, config: TrainConfig) -> int:
-    """Tokens in all updates before update `step`, counted from 1."""
-    on_ramp = min(step - 1, config.batch_ramp_steps)
-    return ramp_totals(config)[on_ramp] + (step - 1 - on_ramp) * config.batch_tokens
-
-
-def tokens_of(step: int, config: TrainConfig) -> int:
-    """Tokens in the batch of update `step`, counted from 1."""
-    return tokens_before(step + 1, config) - tokens_before(step, config)
-
-
 def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, size: int) -> list:
     """One rank's micro-batches of update `step`, counted from 1: inputs and targets, (B, T) each.
 
@@ -426,8 +416,7 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
     T = data.block_size
     first, count = tokens_before(step, config) // T, tokens_of(step, config) // T
     mine = range(first + rank * count // size, first + (rank + 1) * count // size)
-    n = len(data)
-    x, y = data.read(epoch_order(config.seed, i // n, n)[i % n] for i in mine)
+    x, y = data.read(sequences_at(mine, len(data), config.seed, config.order))
     # A divisor of every batch on the ramp, so that torch.compile sees only two shapes.
     unit = config.batch_ramp_from if step <= config.batch_ramp_steps else config.batch_tokens
     micro_batch = math.gcd(config.micro_batch, unit // T // size)
@@ -437,7 +426,8 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
 def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
     """Raise UserError unless each step's tokens can be cut into whole micro-batches for all ranks."""
     wrong, factors = None, f"--block_size {block_size} x {ranks} ranks: change one of them"
-    if config.batch_tokens % (config.micro_batch * block_size * ranks):
+    micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
+    if config.batch_tokens % (micro_batch * block_size * ranks):
         factors = f"--micro_batch {config.micro_batch} x {factors}"
         wrong = f"--batch_tokens {config.batch_tokens}"
     elif config.batch_ramp_steps and config.batch_ramp_from % (block_size * ranks):
@@ -482,11 +472,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, batches: list, step: int, config: TrainConfig, world
-) -> tuple[float, float]:
-    """Make update `step`, counted from 1: the mean loss over all ranks and the gradient norm.
+    model: nn.Module, optimizer: Optimizer, batches: list, step: int, config: TrainConfig, world, requests=()
+) -> tuple[float, float, bool]:
+    """Make update `step`, counted from 1: mean loss over all ranks, gradient norm, whether a rank has requests.
 
-    If one of them is not finite, all ranks raise UserError before the update.
+    If loss or norm is not finite, all ranks raise UserError before the update.
     """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=world.device)
@@ -500,7 +490,8 @@ def train_step(
             loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    loss, norm = world.mean(torch.stack([total, norm])).tolist()  # the step's only wait
+    asked = torch.full_like(total, bool(requests))
+    loss, norm, asked = world.mean(torch.stack([total, norm, asked])).tolist()  # the step's only wait
     if not math.isfinite(loss + norm):
         raise UserError(
             f"step {step}: loss {loss}, gradient norm {norm}; no weight was changed, and the newest "
@@ -511,13 +502,22 @@ def train_step(
         peak = group.setdefault("initial_lr", group["lr"])  # what make_optimizer() gave the group
         group["lr"] = learning_rate(step, config) * (peak / config.max_lr)
     optimizer.step()
-    return loss, norm
+    return loss, norm, asked > 0
 
 
 # ---------------------------------------------------------------- evaluation and sampling
 
 
 @torch.no_grad()
+def loss_in_float32(model: GPT, x: Tensor, y: Tensor, world: World) -> Tensor:
+    """The mean loss, from float32 logits: where OpenAI's lie, near -100, bfloat16 has steps of 0.5."""
+    with world.autocast():
+        hidden = model.hidden(x)
+    return model.loss(hidden.float(), y)
+
+
+@torch.no_grad()
+@full_float32()
 def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> tuple[float, int]:
     """Mean loss in nats over the first val_tokens of a split, by all ranks; and how many they are."""
     T = data.block_size
@@ -526,10 +526,7 @@ def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> 
     losses = []
     for i in range(0, len(mine), config.micro_batch):
         x, y = data.read(mine[i : i + config.micro_batch])
-        with world.autocast():
-            hidden = model.hidden(world.move(x))
-        # Logits in float32: where OpenAI's lie, near -100, bfloat16 has steps of 0.5.
-        losses.append(model.loss(hidden.float(), world.move(y)) * len(x))
+        losses.append(loss_in_float32(model, world.move(x), world.move(y), world) * len(x))
     mine_total = sum(torch.stack(losses).tolist()) if losses else 0.0
     total, sequences = world.sum(mine_total, len(mine))
     return total / sequences, int(sequences) * T
@@ -545,10 +542,8 @@ def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, wor
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     cache = model.make_cache(B, min(window, config.max_length), world.dtype)
     cached = 0  # positions in it
-    # One autocast around all steps, as it keeps the weights that it has cast. Not cuDNN's attention, which torch
-    # prefers on Hopper: it would plan anew for each number of keys.
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with world.autocast(), sdpa_kernel(kernels):
+    # One autocast around all steps, as it keeps the weights that it has cast.
+    with world.autocast(), attention_of_any_length():
         for n in range(len(prompt), config.max_length):  # n tokens are there
             if n <= window:
                 hidden = model.hidden(tokens[:, cached:n], cache=cache[..., :n, :])
@@ -607,6 +602,11 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
         model.init_weights(config.seed, config.init_std, zero_residual=config.optimizer == "muon")
     else:
         model, step = load_model(config.init_from, gpt_config and gpt_config.block_size), 0
+    kept = 16 if config.optimizer == "adamw" else 12  # bytes: weight, gradient, AdamW's two moments or one
+    if config.max_steps and kept * model.n_params > world.memory():
+        gigabytes = f"{kept * model.n_params / 1e9:.1f} GB, and the GPU has {world.memory() / 1e9:.1f}"
+        what = f"weights, gradients and optimiser of {model.n_params:,} parameters"
+        raise UserError(f"{what} take {gigabytes}: take a smaller model or a larger GPU")
     model.to(world.device)
     optimizer = make_optimizer(model, config)
     if state:
@@ -624,11 +624,39 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
 def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     """What train_step() calls: the model, its weights shared, wrapped for several ranks and compiled."""
     step_model: nn.Module = model
+    model.recompute = config.recompute
     if world.size > 1:
         step_model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # One graph, not one for each bucket, whose all-reduce it would hide.
+        torch._dynamo.config.optimize_ddp = False
     if config.compile and world.can_compile():
         step_model = torch.compile(step_model, dynamic=False)
     return step_model
+
+
+def fit_micro_batch(model: GPT, step_model: nn.Module, optimizer: Optimizer, config: TrainConfig, world) -> int:
+    """The largest power of two up to 128 that divides a rank's sequences and fits the GPU."""
+    T = model.config.block_size
+    largest = math.gcd(128, config.batch_tokens // T // world.size)
+
+    def first_step(size: int) -> None:
+        tokens = torch.zeros(size, T, dtype=torch.int64, device=world.device)
+        states = 0 if optimizer.state else 2  # as many as AdamW will keep
+        _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(states)]
+        try:
+            # Without DDP's all-reduce, for which a rank that is out of memory would never come.
+            with nullcontext() if world.size == 1 else step_model.no_sync():
+                with world.autocast():
+                    loss = step_model(tokens, tokens)
+                loss.backward()
+            loss_in_float32(model, tokens, tokens, world)
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    size = world.largest_that_fits(largest, first_step)
+    if not size:
+        raise UserError("out of memory: not one sequence fits this GPU: take --recompute, or a smaller model")
+    return size
 
 
 def due(step: int, every: int, config: TrainConfig) -> bool:
@@ -683,6 +711,15 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     if config.hellaswag_every:
         examples = hellaswag.load_or_warn(config.hellaswag_data, model.config, world)
 
+    steps = range(start + 1, config.max_steps + 1)
+    step_model = make_step_model(model, config, world) if steps else model
+    if config.micro_batch == "auto":
+        size = math.gcd(64, config.batch_tokens // T // world.size)
+        if steps and world.on_gpu:
+            size = fit_micro_batch(model, step_model, optimizer, config, world)
+        config = dataclasses.replace(config, micro_batch=size)
+        log.write("micro_batch", start, f"micro-batches of {size} sequences", size=size)
+
     # Measure the untrained model, or what a run that was stopped has left out.
     requests: list[float] = []  # to stop: the times of signals
     look = partial(measure, model=model, val_data=val_data, examples=examples, config=config,
@@ -693,20 +730,20 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
         look(start)
 
     # Loop over steps: train, log, save, measure. Threads read the next steps' batches meanwhile.
-    steps = range(start + 1, config.max_steps + 1)
-    step_model = make_step_model(model, config, world) if steps else model
     batches = prefetch(lambda step: step_batches(step, data, config, world.rank, world.size), steps)
     saves = config.save_every + config.keep_every > 0
-    with listen_for_stop(requests):
+    with listen_for_stop(requests, world) as noticed:
+        # The clock goes from one step's end to the next, so that it holds what the GPU does after the host's wait.
+        began = time.perf_counter()
         for step in steps:
-            began = time.perf_counter()
-            loss, norm = train_step(step_model, optimizer, next(batches), step, config, world)
-            seconds = time.perf_counter() - began
+            loss, norm, stop = train_step(step_model, optimizer, next(batches), step, config, world, requests)
+            ended = time.perf_counter()
             left = tokens_before(steps.stop, config) - tokens_before(step + 1, config)
-            lr, tokens = learning_rate(step, config), tokens_of(step, config)
-            log.train(step, loss, norm, lr, tokens, seconds, left)
-            stop = world.any(requests)  # whichever rank was asked
+            log.train(step, loss, norm, learning_rate(step, config), tokens_of(step, config), ended - began, left)
+            aside = time.perf_counter()
             keep = config.keep_every > 0 and step % config.keep_every == 0
+            if stop:  # whichever rank was asked
+                noticed.set()
             if world.is_main and (keep or due(step, config.save_every, config) or (stop and saves)):
                 checkpoint.save(model, optimizer, step, config)
             if stop:
@@ -714,6 +751,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
                 world.say(f"stopped after step {step}, as asked; {saved}: the same command resumes")
                 break
             look(step)
+            began = ended + time.perf_counter() - aside  # saving and measuring are left out
     world.say(f"the log, its curves and the checkpoints are in {config.out_dir}")
 
 
@@ -730,8 +768,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name} can't be chosen: --init_from {source} brings its own", 2)
         if "block_size" not in flags:
             gpt_config = None
-    with join_world(config.device, config.dtype) as world:
-        if not flags["sample"] and not flags["export"]:
+    training = not flags["sample"] and not flags["export"]
+    with join_world(config.device, config.dtype, training) as world:
+        if training:
             train(gpt_config, config, sample_config, world)
         elif world.is_main:
             model = load_model(source, flags.get("block_size"))

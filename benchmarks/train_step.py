@@ -179,7 +179,7 @@ class Trainer:
             began = time.perf_counter()
             self.step += 1
             with self.kernels():
-                loss, _ = train_gpt2.train_step(
+                loss, _, _ = train_gpt2.train_step(
                     self.step_model, self.optimizer, next(self.batches), self.step, self.config, self.world
                 )
             results.append((time.perf_counter() - began, loss))

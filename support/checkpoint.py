@@ -29,6 +29,17 @@ def find(out_dir: str) -> list[Path]:
     return sorted((Path(out_dir, name) for name in names if re.fullmatch(r"ckpt_\d+\.pt", name)), key=step_of)
 
 
+def on_cpu(value, copies: dict[tuple, torch.Tensor]):
+    """Nested dicts and lists, their tensors on the CPU, so that any machine loads them; tied ones stay tied."""
+    if isinstance(value, dict):
+        return {key: on_cpu(each, copies) for key, each in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(each, copies) for each in value]
+    if isinstance(value, torch.Tensor):
+        return copies.setdefault((value.data_ptr(), value.shape, value.dtype), value.cpu())
+    return value
+
+
 def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, config) -> None:
     """Write ckpt_STEP.pt, then delete older ones but the last and those of --keep_every."""
     path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
@@ -38,6 +49,7 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, co
              "GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}  # fmt: skip
     if config.mask_unseen:
         state["token_ids"] = model.token_ids.tolist()
+    state = on_cpu(state, {})
     with whole_file(path) as file:
         try:
             torch.save(state, file)
@@ -108,7 +120,8 @@ def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
     for now in (config, gpt_config) if gpt_config else (config,):
         saved = state[type(now).__name__]
         for f in dataclasses.fields(now):
-            was, value = saved.get(f.name, f.default), getattr(now, f.name)
+            older = "stored" if f.name == "order" else f.default  # what runs had that knew no such field
+            was, value = saved.get(f.name, older), getattr(now, f.name)
             if value == was or not f.metadata["fixed"]:
                 continue
             if now is gpt_config and config.init_from != "scratch" and f.name != "block_size":

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -99,6 +99,8 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, least = getattr(self, f.name), f.metadata["min"]
+            if value == "auto":
+                continue
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{f.name} {value} must be a finite number")
             if isinstance(value, int) and value >= 2**32:
@@ -109,6 +111,10 @@ class Config:
 
     def check(self):
         """Check what involves several fields."""
+
+
+def int_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def as_typed(default) -> str:
@@ -148,7 +154,9 @@ What these flags change, unless other flags say otherwise:
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(kind):
             how: dict[str, Any] = {"type": f.type, "metavar": "X"}
-            if f.type is bool:
+            if f.type == int | Literal["auto"]:
+                how["type"] = int_or_auto
+            elif f.type is bool:
                 how = {"action": argparse.BooleanOptionalAction}
             elif get_args(f.type):  # of a Literal
                 how = {"choices": get_args(f.type)}

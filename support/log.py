@@ -68,8 +68,7 @@ class Log:
             found = f"{config.data_dir} has {data.n_tokens} train tokens, but had {before[-1]} when this run began"
             raise UserError(f"{found}: restore those shards, or give another --out_dir")
         world = self.world
-        on_cuda = world.device.type == "cuda"
-        device = torch.cuda.get_device_name(world.device) if on_cuda else world.device.type
+        device = torch.cuda.get_device_name(world.device) if world.on_gpu else world.device.type
         peak = peak_flops(world.device, world.dtype)
         self.mfu_of_a_token = model.flops_per_token() / (peak * world.size) if peak else None
         self.config = config

@@ -4,17 +4,21 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.cli import UserError, one_line, warn
+
+PATIENCE = 20  # seconds; torchrun kills after 30
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; matched as whole words.
 PEAK_TFLOPS = {
@@ -34,6 +38,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within it, CUDA multiplies float32 as it is, not rounded to TF32: as for the losses that are published."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def attention_of_any_length():
+    """A context for lengths that change all the time: not cuDNN's, torch's choice on Hopper, which plans for each."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 @dataclass(frozen=True)
 class World:
     """Which of the run's processes (ranks) this one is, and the device it computes on.
@@ -50,13 +70,17 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     def autocast(self) -> torch.autocast:
         """Matrix products in bfloat16, if that is the run's dtype."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def move(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; on CUDA without waiting for the copy."""
-        if self.device.type == "cuda":
+        if self.on_gpu:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
@@ -78,6 +102,25 @@ class World:
     def any(self, value) -> bool:
         """Whether the value is true on some rank."""
         return self.sum(bool(value))[0] > 0
+
+    def memory(self) -> float:
+        """Bytes of the GPU; infinity elsewhere, as what is short there goes to the disk."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.on_gpu else float("inf")
+
+    def largest_that_fits(self, size: int, attempt: Callable[[int], None]) -> int:
+        """`size`, halved until no rank runs out of GPU memory in attempt(size); 0 if 1 is too much."""
+
+        def fails() -> bool:
+            try:
+                attempt(size)
+            except torch.OutOfMemoryError:
+                return True
+            return False
+
+        while size and self.any(fails()):
+            torch.cuda.empty_cache()  # only now: the error held what it had got
+            size //= 2
+        return size
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -112,9 +155,20 @@ def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
     return device
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in bfloat16: else they cost more than float32's."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 @contextmanager
-def join_world(device_name: str, dtype_name: str) -> Iterator[World]:
-    """This process's World: alone, or one of the ranks that torchrun started."""
+def join_world(device_name: str, dtype_name: str, training: bool = False) -> Iterator[World]:
+    """This process's World: alone, or one of the ranks that torchrun started.
+
+    The dtype "auto" is bfloat16 where the device multiplies in it; on a CPU for training alone.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = pick_device(device_name, local_rank, local_size)
@@ -124,9 +178,8 @@ def join_world(device_name: str, dtype_name: str) -> Iterator[World]:
         torch.set_float32_matmul_precision("high")  # TF32 for products that autocast leaves in float32
     if dtype_name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype_name}: take auto, bfloat16 or float32", status=2)
-    has_bfloat16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype_name == "auto":
-        dtype_name = "bfloat16" if has_bfloat16 else "float32"
+        dtype_name = "bfloat16" if (on_cuda or training) and multiplies_bfloat16(device) else "float32"
     world = World(rank, size, device, getattr(torch, dtype_name))
     if size == 1:
         yield world
@@ -159,10 +212,21 @@ def join_world(device_name: str, dtype_name: str) -> Iterator[World]:
 
 
 @contextmanager
-def listen_for_stop(requests: list[float]) -> Iterator[None]:
-    """Put the times of SIGTERM and SIGINT into a list; one a second after the first ends the process."""
+def listen_for_stop(requests: list[float], world: World) -> Iterator[threading.Event]:
+    """Put the times of SIGTERM and SIGINT into a list; one a second after the first ends the process.
+
+    Ranks on CUDA wait for a dead one in a kernel, for ever. So where the event that is yielded is not set
+    within PATIENCE of a request, which means that no step ended, the process says so and ends.
+    """
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
+    noticed = threading.Event()
+
+    def end_unless_noticed() -> None:
+        if not noticed.wait(PATIENCE):
+            fix = "another rank may be gone: the same command resumes from the newest checkpoint"
+            print(f"rank {world.rank}: no step ended within {PATIENCE} s of the signal; {fix}", file=sys.stderr)
+            os._exit(1)
 
     # In a thread: Python calls a handler only after the operation at work, which may wait for a rank.
     def listen() -> None:
@@ -171,13 +235,16 @@ def listen_for_stop(requests: list[float]) -> Iterator[None]:
                 if requests and time.monotonic() - requests[0] > 1:
                     os._exit(128 + number[0])
                 requests.append(time.monotonic())
+                if world.size > 1 and world.on_gpu:
+                    threading.Thread(target=end_unless_noticed, daemon=True).start()
 
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.set_wakeup_fd(sender.fileno())
     threading.Thread(target=listen, daemon=True).start()
     try:
-        yield
+        yield noticed
     finally:
+        noticed.set()
         signal.set_wakeup_fd(-1)
         sender.close()
         for number, handler in before.items():

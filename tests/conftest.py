@@ -80,7 +80,7 @@ def tiny_flags(data_dir, out_dir, **changes) -> list[str]:
     The shape is TINY's, or, with init_from, that of those weights.
     """
     shape = {} if "init_from" in changes else vars(TINY)
-    flags = dict(data_dir=data_dir, out_dir=out_dir, device="cpu", compile=False, **shape,
+    flags = dict(data_dir=data_dir, out_dir=out_dir, device="cpu", dtype="float32", compile=False, **shape,
                  max_steps=6, warmup_steps=2, max_lr=1e-2, min_lr=1e-3, batch_tokens=128, micro_batch=4,
                  val_tokens=160, eval_every=3, hellaswag_every=0,
                  sample_every=0, save_every=2, prompt="!") | changes  # fmt: skip

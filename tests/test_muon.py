@@ -111,8 +111,8 @@ def test_adamws_embeddings_may_have_a_rate_of_their_own_too():
 def test_each_groups_rate_follows_the_schedule_after_a_resume_too(shards, tmp_path, monkeypatch):
     rates, real = [], train_gpt2.train_step
 
-    def train_step(model, optimizer, batches, step, config, world):
-        result = real(model, optimizer, batches, step, config, world)
+    def train_step(model, optimizer, batches, step, config, *rest):
+        result = real(model, optimizer, batches, step, config, *rest)
         parts = [*optimizer.param_groups, *optimizer.others.param_groups]
         rates.append([group["lr"] / learning_rate(step, config) for group in parts])
         return result

@@ -7,6 +7,7 @@ import torch
 from conftest import (
     CPU,
     assert_same,
+    before_each_step,
     losses,
     newest,
     run_forked,
@@ -19,6 +20,7 @@ from conftest import (
 import train_gpt2
 from support.cli import UserError
 from support.log import Log, draw_curves, read_log
+from support.order import sequences_at
 from train_gpt2 import TrainConfig, check_batch, step_batches, tokens_before, tokens_of
 
 # 16 sequences of 16 tokens a step, from 4 on, over five steps; the shards have 20.
@@ -66,7 +68,7 @@ def test_global_batch_of_a_ramp_does_not_depend_on_ranks_or_micro_batch(shards, 
     data = sequences(shards, "train")
     config = TrainConfig(micro_batch=micro_batch, **RAMP)
     check_batch(config, 16, ranks)
-    order = [row for epoch in range(4) for row in train_gpt2.epoch_order(config.seed, epoch, len(data))]
+    order = sequences_at(range(4 * len(data)), len(data), config.seed, "keyed")
     position, shapes = 0, set()
     for step, size in enumerate(SIZES, 1):
         batches = [pair for rank in range(ranks) for pair in step_batches(step, data, config, rank, ranks)]
@@ -117,9 +119,10 @@ def test_a_ramp_of_one_size_and_no_ramp_are_the_same_to_the_bit(shards, tmp_path
 
 
 def test_time_left_counts_tokens_not_steps(shards, tmp_path, capsys, monkeypatch):
-    clock = itertools.count()
-    monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: next(clock))  # each step takes a second
-    assert run_train(ramp_flags(shards, tmp_path / "log", eval_every=0)) == 0
+    seconds = [0]
+    monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: seconds[-1])
+    with before_each_step(lambda step, model: seconds.append(step)):  # each step takes a second
+        assert run_train(ramp_flags(shards, tmp_path / "log", eval_every=0)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step") and "left" in line]
     # 1,216 tokens in all: what is left, over the median of the speeds so far.
     expected = [1152 / 64, 1024 / 96, 896 / 128, 704 / 128, 512 / 128, 256 / 160, 0]

@@ -46,7 +46,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(shards):
         config = dataclasses.replace(ONE, micro_batch=micro_batch, grad_clip=1e9)
         # Plain SGD, because AdamW divides the gradient by its own size and would hide a wrong scale.
         optimizer = torch.optim.SGD(model.parameters(), lr=config.max_lr)
-        loss, norm = train_step(model, optimizer, step_batches(1, data, config, 0, 1), 1, config, CPU)
+        loss, norm, _ = train_step(model, optimizer, step_batches(1, data, config, 0, 1), 1, config, CPU)
         results.append((loss, norm, model.state_dict()))
     for loss, norm, weights in results[1:]:
         assert (loss, norm) == pytest.approx(results[0][:2], rel=1e-6)
@@ -60,7 +60,7 @@ def test_a_step_clips_the_gradient_sets_the_rate_and_gives_the_loss_before_it(sh
     optimizer = torch.optim.SGD(model.parameters(), lr=ONE.max_lr)
     for group in optimizer.param_groups:
         group.update(initial_lr=ONE.max_lr, lr=99)
-    loss, norm = train_step(model, optimizer, batches, 1, ONE, CPU)
+    loss, norm, _ = train_step(model, optimizer, batches, 1, ONE, CPU)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert norm > 0.01
     moved = math.sqrt(sum((p - before[n]).square().sum().item() for n, p in model.named_parameters()))
@@ -172,6 +172,16 @@ def test_two_ranks_train_like_one(shards, tmp_path):
     assert newest(tmp_path / "two")["model"].keys() == GPT(TINY).state_dict().keys()
     assert result.stdout.count("step     6/6") == 1
     assert sum('"train"' in line for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+def test_eight_ranks_of_torchrun_train_like_one(shards, tmp_path):
+    run_train(tiny_flags(shards, tmp_path / "one", micro_batch=8))
+    result = run_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "eight", micro_batch="auto")], ranks=8)
+    assert result.returncode == 0, result.stderr
+    one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
+    assert one.keys() == eight.keys()
+    assert list(eight.values()) == pytest.approx(list(one.values()), abs=1e-5)
 
 
 def test_a_rank_that_fails_ends_the_job(shards, tmp_path):

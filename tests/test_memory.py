@@ -1,0 +1,279 @@
+"""Fits every GPU, and ends in time; as far as that shows without one."""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import (
+    CPU,
+    TINY,
+    assert_same,
+    be_a_child,
+    before_each_step,
+    end,
+    forkserver,
+    free_port,
+    losses,
+    newest,
+    run_train,
+    sequences,
+    tiny_flags,
+)
+from torch.nn import functional as F
+
+import hellaswag
+import train_gpt2
+from support import cpu, world
+from support.log import Log, read_log
+from support.loss import CrossEntropySum
+from support.world import World, join_world, listen_for_stop
+from train_gpt2 import GPT, TrainConfig, evaluate, fit_micro_batch, make_optimizer, train_step
+
+CUDA = World(rank=1, size=2, device=torch.device("cuda"), dtype=torch.bfloat16)
+BFLOAT16 = World(rank=0, size=1, device=torch.device("cpu"), dtype=torch.bfloat16)
+
+
+# ---------------------------------------------------------------- micro-batch
+
+
+class OutOfMemoryAbove(torch.nn.Module):
+    """A model that runs out of GPU memory with more than so many sequences."""
+
+    def __init__(self, model: GPT, most: int):
+        super().__init__()
+        self.model, self.most, self.tried = model, most, []
+
+    def forward(self, x, y):
+        self.tried.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(x, y)
+
+
+def fitted(most: int, batch_tokens: int = 256 * 16) -> tuple[int, list[int]]:
+    """What is chosen on a GPU with room for so many sequences, and what was tried."""
+    model, config = GPT(TINY), TrainConfig(batch_tokens=batch_tokens)
+    step_model = OutOfMemoryAbove(model, most)
+    size = fit_micro_batch(model, step_model, make_optimizer(model, config), config, CPU)
+    assert all(p.grad is None for p in model.parameters())
+    return size, step_model.tried
+
+
+def test_auto_takes_the_largest_power_of_two_that_fits():
+    assert fitted(1000) == (128, [128])
+    assert fitted(127) == (64, [128, 64])
+    assert fitted(5) == (4, [128, 64, 32, 16, 8, 4])
+    assert fitted(1000, batch_tokens=24 * 16) == (8, [8])  # a divisor of 24
+
+
+def test_auto_counts_an_evaluation_too(monkeypatch):
+    def evaluation(model, x, y, world):
+        if len(x) > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_gpt2, "loss_in_float32", evaluation)
+    assert fitted(1000)[0] == 32
+
+
+def test_where_not_one_sequence_fits_the_line_says_what_to_do():
+    with pytest.raises(train_gpt2.UserError, match="--recompute"):
+        fitted(0)
+
+
+def test_on_a_cpu_auto_tries_nothing_and_is_logged(shards, tmp_path):
+    flags = tiny_flags(shards, tmp_path / "auto", micro_batch="auto")
+    assert run_train(flags) == 0
+    assert [entry["size"] for entry in read_log(tmp_path / "auto" / "log.jsonl")["micro_batch"].values()] == [8]
+    assert run_train(tiny_flags(shards, tmp_path / "eight", micro_batch=8)) == 0
+    assert losses(tmp_path / "auto") == losses(tmp_path / "eight")
+
+
+def agree(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+
+    def attempt(size: int) -> None:
+        if size > (16, 4)[rank]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with join_world("cpu", "float32") as world:
+        assert world.largest_that_fits(64, attempt) == 4
+
+
+def test_all_ranks_take_the_smallest_of_what_fits():
+    port = free_port()
+    processes = [forkserver().Process(target=be_a_child, args=(agree, (r, port), None, os.devnull)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        end(process, 60)
+        assert process.exitcode == 0
+
+
+def test_what_no_gpu_of_this_size_can_train_is_refused_before_it_is_moved_there(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(World, "memory", lambda world: 1e5)
+    assert run_train(tiny_flags(shards, tmp_path / "log")) == 1
+    assert "parameters take 0.0 GB, and the GPU has 0.0" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def test_logits_of_an_evaluation_stay_within_their_bytes(shards, monkeypatch):
+    monkeypatch.setattr(cpu, "by_hand", lambda x: False)
+    model, data, config = GPT(TINY), sequences(shards, "val"), TrainConfig(val_tokens=160, micro_batch=8)
+    whole = evaluate(model, data, config, CPU)[0]
+    found, real = [], GPT.logits
+    monkeypatch.setattr(GPT, "LOGIT_BYTES", 20 * 4 * TINY.vocab_size)
+    monkeypatch.setattr(GPT, "logits", lambda model, hidden: found.append(real(model, hidden)) or found[-1])
+    assert evaluate(model, data, config, CPU)[0] == pytest.approx(whole, abs=1e-6)
+    assert max(map(len, found)) == 20  # of the 128 of 8 sequences
+    assert found[0].dtype == torch.float32
+
+
+def test_logits_of_hellaswag_stay_within_their_bytes(monkeypatch):
+    example = hellaswag.Example(0, [1, 2], [[3], [4, 5], [6], [7, 8, 9]], [1, 2, 1, 3], 0)
+    data, model = hellaswag.HellaSwag([example], "completion", TINY), GPT(TINY)
+    whole = hellaswag.evaluate(model, data, CPU)
+    monkeypatch.setattr(hellaswag, "LOGIT_BYTES", 3 * 4 * TINY.vocab_size)
+    sizes, real = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: sizes.append(len(a)) or real(a, b, out=out))
+    torch.testing.assert_close(hellaswag.evaluate(model, data, CPU), whole)
+    assert sizes == [3, 3, 1]
+
+
+def saved_bytes(model: GPT, x, y, world: World = CPU) -> tuple[int, dict]:
+    """What is kept from the forward pass for the backward pass, and the gradients."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), world.autocast():
+        loss = model(x, y)
+    loss.backward()
+    return sum(kept.values()), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_recompute_keeps_less_and_gives_the_same_gradients_to_the_bit(shards):
+    model, (x, y) = GPT(dataclasses.replace(TINY, n_layer=4)), sequences(shards, "train").read(range(8))
+    plain, gradients = saved_bytes(model, x, y)
+    model.recompute = True
+    less, same = saved_bytes(model, x, y)
+    assert_same(same, gradients)
+    assert less < 0.6 * plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_with_recompute_is_the_same_to_the_bit(shards, tmp_path, dtype):
+    for name in ("plain", "recompute"):
+        assert run_train(tiny_flags(shards, tmp_path / name, dtype=dtype, recompute=name == "recompute")) == 0
+    assert losses(tmp_path / "plain") == losses(tmp_path / "recompute")
+    assert_same(newest(tmp_path / "plain")["model"], newest(tmp_path / "recompute")["model"])
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_the_residual_stream_is_bfloat16_in_training_alone(shards):
+    model, (x, y), seen = GPT(TINY), sequences(shards, "train").read(range(4)), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with BFLOAT16.autocast():
+        model(x, y).backward()
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
+    seen.clear()
+    evaluate(model, sequences(shards, "val"), TrainConfig(val_tokens=64, micro_batch=4), BFLOAT16)
+    assert seen == [(torch.float32, torch.float32)] * 2
+
+
+def test_cross_entropy_of_bfloat16_logits_is_that_of_the_same_logits_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(64, 100, generator=generator)).bfloat16()
+    logits[:, 90:] = -math.inf  # masked tokens
+    targets = torch.randint(0, 90, (64,), generator=generator)
+    ours, theirs = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    loss, expected = CrossEntropySum.apply(ours, targets), F.cross_entropy(theirs, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad.bfloat16())
+
+
+def test_evaluation_multiplies_float32_as_it_is(shards, monkeypatch):
+    found, real = [], GPT.loss
+
+    def loss(*args):
+        found.append(torch.get_float32_matmul_precision())
+        return real(*args)
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        evaluate(GPT(TINY), sequences(shards, "val"), TrainConfig(val_tokens=64, micro_batch=4), CPU)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == ["highest"]
+
+
+# ---------------------------------------------------------------- clock and end
+
+
+def test_the_clock_runs_from_one_steps_end_to_the_next_without_what_is_saved_and_measured(
+    shards, tmp_path, monkeypatch
+):
+    now = [0.0]
+
+    def takes(seconds: float, real):
+        def function(*args, **kwargs):
+            now[0] += seconds
+            return real(*args, **kwargs)
+
+        return function
+
+    monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train_gpt2, "evaluate", takes(10, train_gpt2.evaluate))
+    monkeypatch.setattr(train_gpt2.checkpoint, "save", takes(5, train_gpt2.checkpoint.save))
+    monkeypatch.setattr(Log, "train", takes(0.5, Log.train))  # while a GPU may still be at AdamW
+    with before_each_step(takes(1, lambda step, model: None)):
+        assert run_train(tiny_flags(shards, tmp_path / "log")) == 0
+    entries = read_log(tmp_path / "log" / "log.jsonl")["train"].values()
+    assert [entry["ms"] for entry in entries] == pytest.approx([1000, 1500, 1500, 1500, 1500, 1500])
+
+
+def test_the_step_tells_whether_a_rank_was_asked_to_stop(shards):
+    model, config = GPT(TINY), TrainConfig(batch_tokens=64, micro_batch=4)
+    batches = [sequences(shards, "train").read(range(4))]
+    for requests in ([], [1.0]):
+        result = train_step(model, make_optimizer(model, config), batches, 1, config, CPU, requests)
+        assert result[2] is bool(requests)
+
+
+def hang(notice: bool) -> None:
+    """A rank on CUDA that is asked to stop while it waits for one that is dead, or that notices the request."""
+    world.PATIENCE = 0.3
+    with listen_for_stop([], CUDA) as noticed:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if notice:
+            noticed.set()
+        time.sleep(1)
+    os._exit(7)
+
+
+@pytest.mark.parametrize("notice", [False, True])
+def test_a_rank_on_cuda_whose_step_does_not_end_after_a_signal_says_so_and_ends(tmp_path, notice):
+    process = forkserver().Process(target=be_a_child, args=(hang, (notice,), None, str(tmp_path / "stderr")))
+    process.start()
+    end(process, 30)
+    line = "rank 1: no step ended within 0.3 s of the signal; another rank may be gone: the same command resumes"
+    assert ((tmp_path / "stderr").read_text().startswith(line), process.exitcode) == (
+        (False, 7) if notice else (True, 1)
+    )
