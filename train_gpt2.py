@@ -602,11 +602,12 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
         model.init_weights(config.seed, config.init_std, zero_residual=config.optimizer == "muon")
     else:
         model, step = load_model(config.init_from, gpt_config and gpt_config.block_size), 0
-    kept = 16 if config.optimizer == "adamw" else 12  # bytes: weight, gradient, AdamW's two moments or one
-    if config.max_steps and kept * model.n_params > world.memory():
-        gigabytes = f"{kept * model.n_params / 1e9:.1f} GB, and the GPU has {world.memory() / 1e9:.1f}"
-        what = f"weights, gradients and optimiser of {model.n_params:,} parameters"
-        raise UserError(f"{what} take {gigabytes}: take a smaller model or a larger GPU")
+    # Weight, gradient, AdamW's two moments or one, of 4 bytes each; and a gigabyte for the rest.
+    needed = (16 if config.optimizer == "adamw" else 12) * model.n_params + 1e9
+    if config.max_steps and needed > world.memory():
+        what = f"{model.n_params:,} parameters, their gradients and the optimiser's state take {needed / 1e9:.1f} GB"
+        fix = "take a smaller model or a larger GPU"
+        raise UserError(f"{what}, and the GPU has {world.memory() / 1e9:.1f}: {fix}")
     model.to(world.device)
     optimizer = make_optimizer(model, config)
     if state:
@@ -640,16 +641,18 @@ def fit_micro_batch(model: GPT, step_model: nn.Module, optimizer: Optimizer, con
     largest = math.gcd(128, config.batch_tokens // T // world.size)
 
     def first_step(size: int) -> None:
-        tokens = torch.zeros(size, T, dtype=torch.int64, device=world.device)
+        # Two tensors: of one that comes twice, torch.compile would make another graph.
+        x, y = (torch.zeros(size, T, dtype=torch.int64, device=world.device) for _ in range(2))
         states = 0 if optimizer.state else 2  # as many as AdamW will keep
         _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(states)]
         try:
             # Without DDP's all-reduce, for which a rank that is out of memory would never come.
             with nullcontext() if world.size == 1 else step_model.no_sync():
-                with world.autocast():
-                    loss = step_model(tokens, tokens)
-                loss.backward()
-            loss_in_float32(model, tokens, tokens, world)
+                for _ in range(2):  # the second time beside the gradients of the first
+                    with world.autocast():
+                        loss = step_model(x, y)
+                    loss.backward()
+            loss_in_float32(model, x, y, world)
         finally:
             model.zero_grad(set_to_none=True)
 

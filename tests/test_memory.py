@@ -64,10 +64,10 @@ def fitted(most: int, batch_tokens: int = 256 * 16) -> tuple[int, list[int]]:
 
 
 def test_auto_takes_the_largest_power_of_two_that_fits():
-    assert fitted(1000) == (128, [128])
-    assert fitted(127) == (64, [128, 64])
-    assert fitted(5) == (4, [128, 64, 32, 16, 8, 4])
-    assert fitted(1000, batch_tokens=24 * 16) == (8, [8])  # a divisor of 24
+    assert fitted(1000) == (128, [128, 128])  # two micro-batches, of which the second adds to gradients
+    assert fitted(127) == (64, [128, 64, 64])
+    assert fitted(5) == (4, [128, 64, 32, 16, 8, 4, 4])
+    assert fitted(1000, batch_tokens=24 * 16) == (8, [8, 8])  # a divisor of 24
 
 
 def test_auto_counts_an_evaluation_too(monkeypatch):
@@ -117,7 +117,7 @@ def test_all_ranks_take_the_smallest_of_what_fits():
 def test_what_no_gpu_of_this_size_can_train_is_refused_before_it_is_moved_there(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(World, "memory", lambda world: 1e5)
     assert run_train(tiny_flags(shards, tmp_path / "log")) == 1
-    assert "parameters take 0.0 GB, and the GPU has 0.0" in capsys.readouterr().err
+    assert "state take 1.0 GB, and the GPU has 0.0: take a smaller model" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- bytes
