@@ -3,15 +3,13 @@
     python hellaswag.py                                      # OpenAI's GPT-2 124M
     python hellaswag.py --model log                          # the newest checkpoint of train_gpt2.py
     python hellaswag.py --model log --style harness          # a number to compare with lm-evaluation-harness
-    torchrun --nproc_per_node=8 hellaswag.py --model log     # the same numbers from eight GPUs
+    torchrun --nproc_per_node=8 hellaswag.py --model log     # the same numbers from eight GPUs, as JSON on stdout
 
 An ending's score is the sum of the log-probabilities of its tokens after the context. `acc` counts the examples whose
 right ending has the highest score, `acc_norm` those where it has the highest score over its length. Two styles:
 
     completion    the context, a space, the ending; length in tokens. OpenAI's GPT-2 124M: acc 0.2859, acc_norm 0.2955
     harness       texts and length (in characters) of lm-evaluation-harness.               acc 0.2892, acc_norm 0.3114
-
-The last line, on stdout, is a JSON object.
 """
 
 import json
@@ -222,8 +220,10 @@ def score(model, batch: Batch, world: World, buffer: Tensor) -> np.ndarray:
     # Each token sees the context and what stands before it in its own ending.
     segments = batch.segments
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, T, T)
-    mask = torch.zeros(seen.shape, dtype=world.dtype, device=world.device)  # as attention adds it, in every layer
-    mask.masked_fill_(~seen.tril(), -math.inf)
+    # As attention adds it, with rows of a multiple of 8: else it would be converted in every layer.
+    B, T = batch.tokens.shape
+    mask = torch.zeros(B, T, math.ceil(T / 8) * 8, dtype=world.dtype, device=world.device)[..., :T]
+    mask[~seen.tril()] = -math.inf
     with world.autocast(), attention_of_any_length():
         hidden = model.hidden(batch.tokens, batch.positions, mask[:, None]).flatten(0, 1)  # (B * T, C)
     found = []

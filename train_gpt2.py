@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -281,8 +282,8 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, positions=None, mask=None, cache=None) -> Tensor:
         """Hidden states (B, T, C) after ln_f, for token ids (B, T).
 
-        By default, position t sees 0 to t. Positions (B, T) or (T,) and a boolean mask (B, 1, T, T), true
-        where a token (row) may see another (column), replace that. With a cache (n_layer, 2, B, H, S, D)
+        By default, position t sees 0 to t. Positions (B, T) or (T,) and a mask (B, 1, T, T), minus infinity
+        where a token (row) may not see another (column), else 0, replace that. With a cache (n_layer, 2, B, H, S, D)
         tokens are the last T of S positions (T = S or 1); their keys and values are put in it.
         """
         T = tokens.size(1)
@@ -426,9 +427,11 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
 def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
     """Raise UserError unless each step's tokens can be cut into whole micro-batches for all ranks."""
     wrong, factors = None, f"--block_size {block_size} x {ranks} ranks: change one of them"
-    micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
+    micro_batch = 1
+    if config.micro_batch != "auto":
+        micro_batch = config.micro_batch
+        factors = f"--micro_batch {micro_batch} x {factors}"
     if config.batch_tokens % (micro_batch * block_size * ranks):
-        factors = f"--micro_batch {config.micro_batch} x {factors}"
         wrong = f"--batch_tokens {config.batch_tokens}"
     elif config.batch_ramp_steps and config.batch_ramp_from % (block_size * ranks):
         wrong = f"--batch_ramp_from {config.batch_ramp_from}"
@@ -627,7 +630,8 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     step_model: nn.Module = model
     model.recompute = config.recompute
     if world.size > 1:
-        step_model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        with warnings.catch_warnings(action="ignore"):  # torch 2.13 has another name for the last one, 2.11 not
+            step_model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         # One graph, not one for each bucket, whose all-reduce it would hide.
         torch._dynamo.config.optimize_ddp = False
     if config.compile and world.can_compile():
@@ -635,10 +639,9 @@ def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     return step_model
 
 
-def fit_micro_batch(model: GPT, step_model: nn.Module, optimizer: Optimizer, config: TrainConfig, world) -> int:
-    """The largest power of two up to 128 that divides a rank's sequences and fits the GPU."""
+def fit_micro_batch(model: GPT, step_model: nn.Module, optimizer: Optimizer, largest: int, world) -> int:
+    """`largest`, halved until it fits the GPU."""
     T = model.config.block_size
-    largest = math.gcd(128, config.batch_tokens // T // world.size)
 
     def first_step(size: int) -> None:
         # Two tensors: of one that comes twice, torch.compile would make another graph.
@@ -717,9 +720,11 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     steps = range(start + 1, config.max_steps + 1)
     step_model = make_step_model(model, config, world) if steps else model
     if config.micro_batch == "auto":
-        size = math.gcd(64, config.batch_tokens // T // world.size)
+        # The largest power of two that divides a rank's sequences; resumed, what it was: sums round alike.
+        largest = log.last("micro_batch", "size", default=128 if world.on_gpu else 64)
+        size = math.gcd(largest, config.batch_tokens // T // world.size)
         if steps and world.on_gpu:
-            size = fit_micro_batch(model, step_model, optimizer, config, world)
+            size = fit_micro_batch(model, step_model, optimizer, size, world)
         config = dataclasses.replace(config, micro_batch=size)
         log.write("micro_batch", start, f"micro-batches of {size} sequences", size=size)
 
@@ -735,18 +740,18 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     # Loop over steps: train, log, save, measure. Threads read the next steps' batches meanwhile.
     batches = prefetch(lambda step: step_batches(step, data, config, world.rank, world.size), steps)
     saves = config.save_every + config.keep_every > 0
-    with listen_for_stop(requests, world) as noticed:
+    with listen_for_stop(requests, world) as alive:
         # The clock goes from one step's end to the next, so that it holds what the GPU does after the host's wait.
         began = time.perf_counter()
         for step in steps:
             loss, norm, stop = train_step(step_model, optimizer, next(batches), step, config, world, requests)
             ended = time.perf_counter()
+            stop = stop or (world.size == 1 and len(requests) > 0)  # which may have come during the wait
+            alive(math.inf if stop else 0)
             left = tokens_before(steps.stop, config) - tokens_before(step + 1, config)
             log.train(step, loss, norm, learning_rate(step, config), tokens_of(step, config), ended - began, left)
             aside = time.perf_counter()
             keep = config.keep_every > 0 and step % config.keep_every == 0
-            if stop:  # whichever rank was asked
-                noticed.set()
             if world.is_main and (keep or due(step, config.save_every, config) or (stop and saves)):
                 checkpoint.save(model, optimizer, step, config)
             if stop:
@@ -754,6 +759,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
                 world.say(f"stopped after step {step}, as asked; {saved}: the same command resumes")
                 break
             look(step)
+            alive()
             began = ended + time.perf_counter() - aside  # saving and measuring are left out
     world.say(f"the log, its curves and the checkpoints are in {config.out_dir}")
 

@@ -117,6 +117,9 @@ def int_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+int_or_auto.__name__ = "int, or auto"  # in the parser's messages
+
+
 def as_typed(default) -> str:
     if isinstance(default, bool):
         return "yes" if default else "no"

@@ -101,6 +101,11 @@ class Log:
             f"{tokens:,} tokens in {1000 * seconds:.0f} ms, {rate:,.0f}/s | {shown}{time_left} left"
         )
 
+    def last(self, event: str, key: str, default):
+        """A value of the event's last line, on every rank; the default if there is none."""
+        found = list(read_log(self.path).get(event, {}).values())
+        return found[-1][key] if found else default
+
     def lacks(self, events: list[str], step: int) -> bool:
         """Whether one of these events is not logged at a step; the same answer on all ranks."""
         logged = read_log(self.path) if self.world.is_main else {}

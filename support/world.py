@@ -1,5 +1,6 @@
 """The processes of a run: who they are, what they compute on, how they are asked to stop."""
 
+import math
 import os
 import re
 import signal
@@ -18,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.cli import UserError, one_line, warn
 
-PATIENCE = 20  # seconds; torchrun kills after 30
+# Seconds; ten before torchrun kills.
+PATIENCE = max(5, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 10)
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; matched as whole words.
 PEAK_TFLOPS = {
@@ -105,7 +107,7 @@ class World:
 
     def memory(self) -> float:
         """Bytes of the GPU; infinity elsewhere, as what is short there goes to the disk."""
-        return torch.cuda.get_device_properties(self.device).total_memory if self.on_gpu else float("inf")
+        return torch.cuda.get_device_properties(self.device).total_memory if self.on_gpu else math.inf
 
     def largest_that_fits(self, size: int, attempt: Callable[[int], None]) -> int:
         """`size`, halved until no rank runs out of GPU memory in attempt(size); 0 if 1 is too much."""
@@ -113,7 +115,9 @@ class World:
         def fails() -> bool:
             try:
                 attempt(size)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; Triton and cuBLAS have none of their own
+                if not re.search("out of memory|ALLOC_FAILED", str(error)):
+                    raise
                 return True
             return False
 
@@ -212,21 +216,27 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
 
 
 @contextmanager
-def listen_for_stop(requests: list[float], world: World) -> Iterator[threading.Event]:
+def listen_for_stop(requests: list[float], world: World) -> Iterator[Callable]:
     """Put the times of SIGTERM and SIGINT into a list; one a second after the first ends the process.
 
-    Ranks on CUDA wait for a dead one in a kernel, for ever. So where the event that is yielded is not set
-    within PATIENCE of a request, which means that no step ended, the process says so and ends.
+    Ranks on CUDA wait for a dead one in a kernel, for ever. So, after a request, where alive(), which is
+    yielded, is not called for PATIENCE seconds, the process says so and ends; alive(math.inf) stops that.
     """
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    noticed = threading.Event()
+    latest = [0.0]
 
-    def end_unless_noticed() -> None:
-        if not noticed.wait(PATIENCE):
-            fix = "another rank may be gone: the same command resumes from the newest checkpoint"
-            print(f"rank {world.rank}: no step ended within {PATIENCE} s of the signal; {fix}", file=sys.stderr)
-            os._exit(1)
+    def alive(until: float = 0.0) -> None:
+        latest[0] = max(until, time.monotonic())
+
+    def end_if_stuck() -> None:
+        while time.monotonic() < max(latest[0], requests[0]) + PATIENCE:
+            time.sleep(0.1)
+            if latest[0] == math.inf:
+                return
+        fix = "another rank may be gone: the same command resumes from the newest checkpoint"
+        print(f"rank {world.rank}: no step ended within {PATIENCE} s of the signal; {fix}", file=sys.stderr)
+        os._exit(1)
 
     # In a thread: Python calls a handler only after the operation at work, which may wait for a rank.
     def listen() -> None:
@@ -236,15 +246,15 @@ def listen_for_stop(requests: list[float], world: World) -> Iterator[threading.E
                     os._exit(128 + number[0])
                 requests.append(time.monotonic())
                 if world.size > 1 and world.on_gpu:
-                    threading.Thread(target=end_unless_noticed, daemon=True).start()
+                    threading.Thread(target=end_if_stuck, daemon=True).start()
 
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.set_wakeup_fd(sender.fileno())
     threading.Thread(target=listen, daemon=True).start()
     try:
-        yield noticed
+        yield alive
     finally:
-        noticed.set()
+        alive(math.inf)
         signal.set_wakeup_fd(-1)
         sender.close()
         for number, handler in before.items():
