@@ -7,11 +7,13 @@
 
 A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then
 PREFIX_train_000001.npy and so on. Documents follow each other, each opened by <|endoftext|>, across
-shards. In parquet and JSON lines a document is the field "text" of a row; a .txt file is one.
-manifest.json says what the shards were made from. The same command resumes after the last shard.
+shards. In parquet and JSON lines a document is the field "text" of a row (or --text_column); a .txt
+file is one, or several between lines that are just <|endoftext|>. manifest.json says what the shards were made
+from. The same command resumes after the last shard.
 """
 
 import ast
+import codecs
 import dataclasses
 import gzip
 import hashlib
@@ -109,6 +111,7 @@ class Manifest:
     revision: str
     shard_tokens: int
     max_tokens: int | None
+    text_column: str = "text"
     tokenizer: str = RANKS_SHA256
     prefix: str = ""  # of the shards' names
     commit: str | None = None  # what the Hub resolved the revision to; None for a folder
@@ -247,13 +250,20 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
 Rows = Iterator[tuple[dict | None, float]]
 
 
+class MissingField(ValueError):
+    """Rows lack a field, and have others."""
+
+    def __init__(self, name: str, others: Iterable[str]):
+        super().__init__(f"no field named {name}, only {', '.join(map(str, others)) or 'none'}")
+
+
 def read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
         lacking = [name for name in columns if name not in file.schema_arrow.names]
         if lacking:
-            raise ValueError(f"no column named {lacking[0]}, only {', '.join(file.schema_arrow.names)}")
+            raise MissingField(lacking[0], file.schema_arrow.names)
         row = 0
         for batch in file.iter_batches(64, columns=columns):
             for record in batch.to_pylist():
@@ -269,7 +279,32 @@ def read_json_lines(path: Path, columns: tuple[str, ...]) -> Rows:
 
 
 def read_text(path: Path, columns: tuple[str, ...]) -> Rows:
-    yield {"text": path.read_bytes().decode()}, 1.0
+    """The file as one document, or those between lines that are just <|endoftext|>; CR LF becomes LF."""
+    size, document, separated = path.stat().st_size, bytearray(), False
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            if number == 0:
+                refuse_what_is_no_text(line)
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if b"\0" in line:
+                raise ValueError("it has NUL bytes, so it is no text")
+            if line.strip(b"\r\n") == b"<|endoftext|>":
+                separated = True
+                if document.strip():
+                    yield {columns[0]: document.removesuffix(b"\n").decode()}, file.tell() / size
+                document.clear()
+            else:
+                document += line.replace(b"\r\n", b"\n")
+    if document.strip() or (document and not separated):
+        yield {columns[0]: document.decode()}, 1.0
+
+
+def refuse_what_is_no_text(line: bytes) -> None:
+    """Raise ValueError, which says what to do, if a file begins with this line."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16: convert it (iconv -f UTF-16 -t UTF-8)")
+    if line.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError("it is a pointer of Git LFS, not the text: run git lfs pull")
 
 
 # To read another format, add its suffix and a reader.
@@ -286,15 +321,17 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
     """The texts from manifest.resume_at on, by about BATCH_CHARACTERS; UserError for a bad row."""
     begin, first, _ = manifest.resume_at
     sizes = list(manifest.files.values())
-    total, before = sum(sizes) + 1, sum(sizes[:begin]) + 1  # never 0
+    total, before, column = sum(sizes) + 1, sum(sizes[:begin]) + 1, manifest.text_column  # never 0
     place, texts, characters = Place(begin, first), [], 0
     for number, path in enumerate(paths, begin):
         row = first
         try:
-            for record, fraction in islice(read_rows(path), first, None):
-                text = None if record is None else record["text"]
+            for record, fraction in islice(read_rows(path, (column,)), first, None):
+                if isinstance(record, dict) and column not in record:
+                    raise MissingField(column, record)
+                text = None if record is None else record[column]
                 if not isinstance(text, str | None):
-                    raise ValueError(f"text is {type(text).__name__}, not a string")
+                    raise ValueError(f"{column} is {type(text).__name__}, not a string")
                 if text is not None:
                     texts.append(text)
                     characters += len(text) + 1
@@ -302,6 +339,8 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
                 if characters >= BATCH_CHARACTERS:
                     yield Batch(place, (before + fraction * sizes[number]) / total, texts)
                     place, texts, characters = Place(number, row), [], 0
+        except MissingField as error:
+            raise UserError(f"{path}, row {row}: {error}: name the text's with --text_column") from None
         except DAMAGE as error:
             fix = "delete it if it was downloaded and run the same command again, else repair it"
             raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {fix}") from None
@@ -408,11 +447,13 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
             raise UserError(f"{folder} holds shards, but no manifest.json to resume from: give another --out_dir")
         return None
     manifest = Manifest.load(folder)
-    for name in ("dataset", "subset", "revision", "shard_tokens", "max_tokens", "tokenizer"):
+    if not manifest.shards:
+        return None
+    for name in ("dataset", "subset", "revision", "text_column", "shard_tokens", "max_tokens", "tokenizer"):
         was, now = getattr(manifest, name), getattr(wanted, name)
         if was != now:
             raise UserError(f"{folder} was begun with {name} {was}, not {now}: give another --out_dir")
-    return manifest if manifest.shards else None
+    return manifest
 
 
 def check_folder(folder: Path) -> None:
@@ -519,6 +560,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dataset", default=FINEWEB_EDU, help="name on the Hub, or a folder (default: %(default)s)")
     add("--subset", help="folder in the dataset (default: FineWeb's sample/10BT, else all)")
     add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
+    add("--text_column", default="text", help="field of a row that holds the text (default: %(default)s)")
     add("--shard_tokens", type=int, default=10**8, help="tokens in a shard (default: 100 million)")
     add("--max_tokens", type=int, help="stop after so many tokens (default: take all)")
     add("--workers", type=int, default=cores, help="threads that tokenize (default: %(default)s)")
@@ -539,7 +581,8 @@ def main(argv: list[str] | None = None) -> None:
         manifest = Manifest.load(folder)
     else:
         dataset = os.path.normpath(args.dataset) if os.path.isdir(args.dataset) else args.dataset
-        wanted = Manifest(dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens)
+        sizes = (args.shard_tokens, args.max_tokens)
+        wanted = Manifest(dataset, subset.strip("/"), args.revision, *sizes, args.text_column)
         manifest = build(folder, wanted, args.workers, args.keep_downloads)
     shards = f"{len(manifest.shards)} shards (a short last one is normal)"
     print(f"{folder}: {shards}, {manifest.tokens:,} tokens, {manifest.documents:,} documents", file=sys.stderr)

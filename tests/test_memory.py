@@ -105,7 +105,8 @@ def test_where_not_one_sequence_fits_the_line_says_what_to_do():
         fitted(0)
 
 
-def test_on_a_cpu_auto_tries_nothing_and_is_logged(shards, tmp_path):
+def test_on_a_cpu_auto_tries_nothing_and_is_logged(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "fit_micro_batch", None)
     flags = tiny_flags(shards, tmp_path / "auto", micro_batch="auto")
     assert run_train(flags) == 0
     assert [entry["size"] for entry in read_log(tmp_path / "auto" / "log.jsonl")["micro_batch"].values()] == [8]
