@@ -82,12 +82,12 @@ class TrainConfig(Config):
     dtype: str = option("auto", "bfloat16 or float32; auto: the first if the device multiplies in it")
     compile: bool = option(True, "use torch.compile for the training step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices", fixed=True)
-    order: Literal["keyed", "stored"] = option("keyed", "stored: that of older runs", fixed=True)
+    order: Literal["hashed", "numpy"] = option("hashed", "numpy: to resume older runs", fixed=True)
     max_steps: int = option(19073, "optimiser steps", min=0, fixed=True)
     warmup_steps: int = option(715, "steps of linear warm-up", min=0, fixed=True)
     max_lr: float = option(6e-4, "learning rate after the warm-up", min=1e-12, fixed=True)
     min_lr: float = option(6e-5, "learning rate at the end", min=0, fixed=True)
-    embedding_lr: float = option(1.0, "the embeddings' rate, in max_lr", min=0, fixed=True)
+    embedding_lr: float = option(1.0, "the embeddings' rate, as a multiple of --max_lr", min=0, fixed=True)
     decay: Literal["cosine", "linear"] = option("cosine", "shape of the way down to min_lr", fixed=True)
     weight_decay: float = option(0.1, "of matrices; adamw: embeddings too", min=0, fixed=True)
     init_std: float = option(0.02, "standard deviation of the initial weights", min=1e-12, fixed=True)
@@ -291,12 +291,12 @@ class GPT(nn.Module):
             S = T if cache is None else cache.size(-2)
             positions = torch.arange(S - T, S, device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
-        device, training = x.device.type, torch.is_grad_enabled()
-        if training and torch.is_autocast_enabled(device):
+        device, with_gradients = x.device.type, torch.is_grad_enabled()
+        if with_gradients and torch.is_autocast_enabled(device):
             # Half the bytes in the residual stream, which most kernels read; LayerNorms compute in float32.
             x = x.to(torch.get_autocast_dtype(device))
         for i, block in enumerate(self.transformer.h):
-            if training and self.recompute:
+            if with_gradients and self.recompute:
                 x = recomputed(block, x, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, mask, None if cache is None else cache[i])
@@ -427,12 +427,11 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
 def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
     """Raise UserError unless each step's tokens can be cut into whole micro-batches for all ranks."""
     wrong, factors = None, f"--block_size {block_size} x {ranks} ranks: change one of them"
-    micro_batch = 1
-    if config.micro_batch != "auto":
-        micro_batch = config.micro_batch
-        factors = f"--micro_batch {micro_batch} x {factors}"
+    micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
     if config.batch_tokens % (micro_batch * block_size * ranks):
         wrong = f"--batch_tokens {config.batch_tokens}"
+        if config.micro_batch != "auto":
+            factors = f"--micro_batch {micro_batch} x {factors}"
     elif config.batch_ramp_steps and config.batch_ramp_from % (block_size * ranks):
         wrong = f"--batch_ramp_from {config.batch_ramp_from}"
     if wrong:
@@ -512,8 +511,8 @@ def train_step(
 
 
 @torch.no_grad()
-def loss_in_float32(model: GPT, x: Tensor, y: Tensor, world: World) -> Tensor:
-    """The mean loss, from float32 logits: where OpenAI's lie, near -100, bfloat16 has steps of 0.5."""
+def evaluation_loss(model: GPT, x: Tensor, y: Tensor, world: World) -> Tensor:
+    """The mean loss: blocks in the run's dtype, logits in float32, as bfloat16 has steps of 0.5 where OpenAI's lie."""
     with world.autocast():
         hidden = model.hidden(x)
     return model.loss(hidden.float(), y)
@@ -529,7 +528,7 @@ def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> 
     losses = []
     for i in range(0, len(mine), config.micro_batch):
         x, y = data.read(mine[i : i + config.micro_batch])
-        losses.append(loss_in_float32(model, world.move(x), world.move(y), world) * len(x))
+        losses.append(evaluation_loss(model, world.move(x), world.move(y), world) * len(x))
     mine_total = sum(torch.stack(losses).tolist()) if losses else 0.0
     total, sequences = world.sum(mine_total, len(mine))
     return total / sequences, int(sequences) * T
@@ -605,7 +604,7 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
         model.init_weights(config.seed, config.init_std, zero_residual=config.optimizer == "muon")
     else:
         model, step = load_model(config.init_from, gpt_config and gpt_config.block_size), 0
-    # Weight, gradient, AdamW's two moments or one, of 4 bytes each; and a gigabyte for the rest.
+    # Of 4 bytes each: a weight, its gradient, AdamW's two moments or Muon's one. And a gigabyte for the rest.
     needed = (16 if config.optimizer == "adamw" else 12) * model.n_params + 1e9
     if config.max_steps and needed > world.memory():
         what = f"{model.n_params:,} parameters, their gradients and the optimiser's state take {needed / 1e9:.1f} GB"
@@ -655,7 +654,7 @@ def fit_micro_batch(model: GPT, step_model: nn.Module, optimizer: Optimizer, lar
                     with world.autocast():
                         loss = step_model(x, y)
                     loss.backward()
-            loss_in_float32(model, x, y, world)
+            evaluation_loss(model, x, y, world)
         finally:
             model.zero_grad(set_to_none=True)
 
@@ -741,7 +740,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     batches = prefetch(lambda step: step_batches(step, data, config, world.rank, world.size), steps)
     saves = config.save_every + config.keep_every > 0
     with listen_for_stop(requests, world) as alive:
-        # The clock goes from one step's end to the next, so that it holds what the GPU does after the host's wait.
+        # A step's time begins with the end of the step before, whose update a GPU has only just begun.
         began = time.perf_counter()
         for step in steps:
             loss, norm, stop = train_step(step_model, optimizer, next(batches), step, config, world, requests)
@@ -750,7 +749,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
             alive(math.inf if stop else 0)
             left = tokens_before(steps.stop, config) - tokens_before(step + 1, config)
             log.train(step, loss, norm, learning_rate(step, config), tokens_of(step, config), ended - began, left)
-            aside = time.perf_counter()
+            paused = time.perf_counter()
             keep = config.keep_every > 0 and step % config.keep_every == 0
             if world.is_main and (keep or due(step, config.save_every, config) or (stop and saves)):
                 checkpoint.save(model, optimizer, step, config)
@@ -760,7 +759,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
                 break
             look(step)
             alive()
-            began = ended + time.perf_counter() - aside  # saving and measuring are left out
+            began = ended + time.perf_counter() - paused  # saving and measuring are left out
     world.say(f"the log, its curves and the checkpoints are in {config.out_dir}")
 
 

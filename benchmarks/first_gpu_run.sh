@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first twenty minutes on an H100 or A100: does all of it work, is it right, how fast is it?
+# The first 25 minutes, at most, on an H100 or A100: does all of it work, is it right, how fast is it?
 #
 #     bash benchmarks/first_gpu_run.sh [FOLDER]       # a new folder for the results (first_gpu_run); needs no network
 #

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from support.world import World, full_float32
-from train_gpt2 import GPT, GPTConfig, loss_in_float32
+from train_gpt2 import GPT, GPTConfig, evaluation_loss
 
 SHAPE = GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256)
 ROWS = [  # dtype, precision of float32 products, largest difference allowed
@@ -89,7 +89,7 @@ def main() -> None:
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         with full_float32():
-            losses.append(loss_in_float32(model, x.to(device), y.to(device), world).item())
+            losses.append(evaluation_loss(model, x.to(device), y.to(device), world).item())
         print(f"| {'on' if precision == 'high' else 'off'} | {losses[-1]:.7f} |")
     raise SystemExit(1 if too_far or losses[0] != losses[1] else 0)
 

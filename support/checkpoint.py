@@ -120,7 +120,7 @@ def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
     for now in (config, gpt_config) if gpt_config else (config,):
         saved = state[type(now).__name__]
         for f in dataclasses.fields(now):
-            older = "stored" if f.name == "order" else f.default  # what runs had that knew no such field
+            older = "numpy" if f.name == "order" else f.default  # what runs had that knew no such field
             was, value = saved.get(f.name, older), getattr(now, f.name)
             if value == was or not f.metadata["fixed"]:
                 continue

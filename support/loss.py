@@ -1,4 +1,4 @@
-"""Cross-entropy of bfloat16 logits, for torch.compile to make two kernels of."""
+"""Cross-entropy of bfloat16 logits, written so that torch.compile makes two kernels of it."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 class CrossEntropySum(torch.autograd.Function):
     """The sum in nats over targets (N,) int64, for bfloat16 logits (N, V) that are widened to float32 in the kernels.
 
-    As F.cross_entropy(), whose gradient first sums a row of zeros and a one for each row of logits. The
-    compiler undoes what is in place, which spares memory without it.
+    As F.cross_entropy(..., reduction="sum"), whose backward pass, compiled, sums a one-hot row for each row
+    of logits. What is done in place saves memory without the compiler, which undoes it.
     """
 
     @staticmethod

@@ -38,11 +38,11 @@ def mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """What stands at these places (int64) of the permutation of 0 to n - 1 that belongs to a seed and an epoch.
+def hashed_order(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Elements `places` (int64) of a permutation of 0 to n - 1, which seed and epoch choose.
 
-    Computed place by place, so that a corpus may be of any size. A Feistel network permutes the numbers of
-    an even count of bits, at least 64 and mostly at most four times n; a result that is not below n is permuted
+    Computed place by place, so that a corpus may be of any size. A Feistel network permutes the numbers below a
+    power of four, at least 64, which but for small n is at most 4 n. A result that is not below n is sent through
     again until it is, which permutes the numbers below n.
     """
     keys = np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS, np.uint64)  # the same in every NumPy
@@ -61,8 +61,8 @@ def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def stored(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation that runs had before there was permuted(); RandomState is frozen."""
+def numpy_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation that runs had before there was hashed_order(); RandomState is frozen."""
     return np.random.RandomState([seed, epoch]).permutation(n)
 
 
@@ -72,6 +72,6 @@ def sequences_at(places: range, n: int, seed: int, order: str) -> list[int]:
     while places:
         epoch, first = divmod(places[0], n)
         here, places = np.array(places[: n - first]) % n, places[n - first :]
-        rows = stored(n, seed, epoch)[here] if order == "stored" else permuted(here, n, seed, epoch)
+        rows = numpy_order(n, seed, epoch)[here] if order == "numpy" else hashed_order(here, n, seed, epoch)
         found += rows.tolist()
     return found

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.cli import UserError, one_line, warn
 
-# Seconds; ten before torchrun kills.
+# Seconds for a rank on CUDA to end its step after a signal; torchrun kills ten seconds later.
 PATIENCE = max(5, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 10)
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; matched as whole words.
@@ -179,7 +179,7 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for products that autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32, for all that autocast leaves in float32
     if dtype_name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype_name}: take auto, bfloat16 or float32", status=2)
     if dtype_name == "auto":
@@ -219,8 +219,9 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
 def listen_for_stop(requests: list[float], world: World) -> Iterator[Callable]:
     """Put the times of SIGTERM and SIGINT into a list; one a second after the first ends the process.
 
-    Ranks on CUDA wait for a dead one in a kernel, for ever. So, after a request, where alive(), which is
-    yielded, is not called for PATIENCE seconds, the process says so and ends; alive(math.inf) stops that.
+    Ranks on CUDA wait for a dead one in a kernel, for ever. So, after a request, the process says so and ends
+    if alive() is not called for PATIENCE seconds. That is yielded, for the end of each step; alive(math.inf)
+    switches the watch off.
     """
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
@@ -234,8 +235,9 @@ def listen_for_stop(requests: list[float], world: World) -> Iterator[Callable]:
             time.sleep(0.1)
             if latest[0] == math.inf:
                 return
-        fix = "another rank may be gone: the same command resumes from the newest checkpoint"
-        print(f"rank {world.rank}: no step ended within {PATIENCE} s of the signal; {fix}", file=sys.stderr)
+        why = f"asked to stop, as by torchrun when a rank is gone, but no step ended in {PATIENCE} s"
+        fix = "the same command resumes; for long steps set TORCH_ELASTIC_SHUTDOWN_TIMEOUT higher"
+        print(f"rank {world.rank}: {why}: {fix}", file=sys.stderr)
         os._exit(1)
 
     # In a thread: Python calls a handler only after the operation at work, which may wait for a rank.

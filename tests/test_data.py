@@ -11,14 +11,14 @@ from conftest import CPU, TINY, sequences, write_shards
 
 from support.cli import UserError
 from support.files import prefetch
-from support.order import permuted, sequences_at
+from support.order import hashed_order, sequences_at
 from support.tokens import open_shard
 from support.world import World
 from train_gpt2 import GPT, TrainConfig, check_batch, evaluate, step_batches
 
 # 8 sequences a step over 20 in an epoch: steps 3 and 5 hold the ends of two epochs.
 CONFIG = TrainConfig(batch_tokens=128, micro_batch=8)
-KEYED = [8, 9, 6, 2, 0, 7, 4, 3, 5, 1, 3, 5, 9, 4, 0, 1, 8, 2, 6, 7]  # two epochs of ten sequences
+HASHED = [8, 9, 6, 2, 0, 7, 4, 3, 5, 1, 3, 5, 9, 4, 0, 1, 8, 2, 6, 7]  # two epochs of ten sequences
 
 
 def global_batch(step, data, ranks, micro_batch, config=CONFIG):
@@ -66,34 +66,34 @@ def test_the_seed_alone_sets_the_order(shards):
 
 def test_the_order_is_the_one_that_earlier_versions_had():
     two_epochs = [3, 4, 5, 9, 7, 1, 6, 0, 8, 2, 0, 8, 2, 1, 3, 9, 6, 4, 5, 7]
-    assert sequences_at(range(20), 10, 1337, "stored") == two_epochs
-    assert sequences_at(range(7, 13), 10, 1337, "stored") == two_epochs[7:13]
+    assert sequences_at(range(20), 10, 1337, "numpy") == two_epochs
+    assert sequences_at(range(7, 13), 10, 1337, "numpy") == two_epochs[7:13]
 
 
 def test_the_order_is_a_permutation_of_any_number_of_sequences_and_never_changes():
     for n in (*range(1, 70), 255, 256, 257, 1000, 4097, 65_537):
-        assert np.array_equal(np.sort(permuted(np.arange(n), n, 1337, 0)), np.arange(n))
-    assert sequences_at(range(20), 10, 1337, "keyed") == KEYED
+        assert np.array_equal(np.sort(hashed_order(np.arange(n), n, 1337, 0)), np.arange(n))
+    assert sequences_at(range(20), 10, 1337, "hashed") == HASHED
 
 
 def test_the_order_has_no_visible_structure():
     n = 100_003
-    row = permuted(np.arange(n), n, 1337, 0)
+    row = hashed_order(np.arange(n), n, 1337, 0)
     for lag in (1, 2, 3, 64, 1000):
         assert abs(np.corrcoef(row[:-lag], row[lag:])[0, 1]) < 4 / np.sqrt(n)
-    assert abs(np.corrcoef(row, permuted(np.arange(n), n, 1337, 1))[0, 1]) < 4 / np.sqrt(n)
+    assert abs(np.corrcoef(row, hashed_order(np.arange(n), n, 1337, 1))[0, 1]) < 4 / np.sqrt(n)
     # Shards against parts of the epoch: chi-square with 19^2 degrees of freedom.
     counts = np.histogram2d(np.arange(n), row, bins=20)[0]
     assert abs(((counts - n / 400) ** 2 / (n / 400)).sum() - 361) < 4 * np.sqrt(2 * 361)
     # Each of the 24 orders of four is as likely as the others.
-    orders = collections.Counter(tuple(permuted(np.arange(4), 4, seed, 0)) for seed in range(2400))
+    orders = collections.Counter(tuple(hashed_order(np.arange(4), 4, seed, 0)) for seed in range(2400))
     assert len(orders) == 24
     assert sum((count - 100) ** 2 / 100 for count in orders.values()) < 23 + 4 * np.sqrt(2 * 23)
 
 
 def test_the_order_of_a_billion_sequences_takes_no_memory():
     tracemalloc.start()
-    rows = sequences_at(range(3 * 10**9 - 256, 3 * 10**9 + 256), 10**9, 1337, "keyed")
+    rows = sequences_at(range(3 * 10**9 - 256, 3 * 10**9 + 256), 10**9, 1337, "hashed")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(rows) == 512

@@ -77,7 +77,7 @@ def test_auto_counts_an_evaluation_too(monkeypatch):
         if len(x) > 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_gpt2, "loss_in_float32", evaluation)
+    monkeypatch.setattr(train_gpt2, "evaluation_loss", evaluation)
     assert fitted(1000)[0] == 32
 
 
@@ -301,5 +301,7 @@ def test_a_rank_on_cuda_whose_step_does_not_end_after_a_signal_says_so_and_ends(
     process.start()
     end(process, 30)
     assert process.exitcode == status
-    line = "rank 1: no step ended within 1 s of the signal; another rank may be gone: the same command resumes"
+    line = (
+        "rank 1: asked to stop, as by torchrun when a rank is gone, but no step ended in 1 s: the same command resumes"
+    )
     assert (tmp_path / "stderr").read_text().startswith(line) == (status == 1)

@@ -242,16 +242,16 @@ def test_the_recipe_cannot_change_on_resume(shards, tmp_path, capsys, change, sa
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_names_its_order_and_resumes_bitwise(shards, tmp_path, capsys):
-    assert run_train(tiny_flags(shards, tmp_path / "unbroken", save_every=1, order="stored")) == 0
+    assert run_train(tiny_flags(shards, tmp_path / "unbroken", save_every=1, order="numpy")) == 0
     flags = tiny_flags(shards, tmp_path / "old", save_every=1)
-    stop_after(3, [*flags, "--order", "stored"])
+    stop_after(3, [*flags, "--order", "numpy"])
     for path in (tmp_path / "old").glob("ckpt_*.pt"):
         state = torch.load(path)
         for name in ("optimizer", "decay", "init_std", "embedding_lr", "order"):
             del state["TrainConfig"][name]
         torch.save(state, path)
     assert run_train(flags) == 2
-    assert "--order is keyed, but stored in the run" in capsys.readouterr().err
-    assert run_train([*flags, "--order", "stored"]) == 0
+    assert "--order is hashed, but numpy in the run" in capsys.readouterr().err
+    assert run_train([*flags, "--order", "numpy"]) == 0
     for key in ("model", "optimizer"):
         assert_same(newest(tmp_path / "old")[key], newest(tmp_path / "unbroken")[key])

@@ -68,7 +68,7 @@ def test_global_batch_of_a_ramp_does_not_depend_on_ranks_or_micro_batch(shards, 
     data = sequences(shards, "train")
     config = TrainConfig(micro_batch=micro_batch, **RAMP)
     check_batch(config, 16, ranks)
-    order = sequences_at(range(4 * len(data)), len(data), config.seed, "keyed")
+    order = sequences_at(range(4 * len(data)), len(data), config.seed, "hashed")
     position, shapes = 0, set()
     for step, size in enumerate(SIZES, 1):
         batches = [pair for rank in range(ranks) for pair in step_batches(step, data, config, rank, ranks)]
