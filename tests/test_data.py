@@ -77,7 +77,7 @@ def test_the_order_is_a_permutation_of_any_number_of_sequences_and_never_changes
 
 
 def test_the_order_has_no_visible_structure():
-    n = 100_003
+    n = 20_011
     row = hashed_order(np.arange(n), n, 1337, 0)
     for lag in (1, 2, 3, 64, 1000):
         assert abs(np.corrcoef(row[:-lag], row[lag:])[0, 1]) < 4 / np.sqrt(n)
@@ -86,9 +86,9 @@ def test_the_order_has_no_visible_structure():
     counts = np.histogram2d(np.arange(n), row, bins=20)[0]
     assert abs(((counts - n / 400) ** 2 / (n / 400)).sum() - 361) < 4 * np.sqrt(2 * 361)
     # Each of the 24 orders of four is as likely as the others.
-    orders = collections.Counter(tuple(hashed_order(np.arange(4), 4, seed, 0)) for seed in range(2400))
+    orders = collections.Counter(tuple(hashed_order(np.arange(4), 4, seed, 0)) for seed in range(720))
     assert len(orders) == 24
-    assert sum((count - 100) ** 2 / 100 for count in orders.values()) < 23 + 4 * np.sqrt(2 * 23)
+    assert sum((count - 30) ** 2 / 30 for count in orders.values()) < 23 + 4 * np.sqrt(2 * 23)
 
 
 def test_the_order_of_a_billion_sequences_takes_no_memory():

@@ -236,6 +236,7 @@ def test_an_export_without_a_checkpoint_or_with_another_vocabulary_ends_in_one_l
     assert run_train(["--export", tmp_path / "out", "--sample"]) == 2
 
 
+@pytest.mark.slow
 def test_two_ranks_export_once(exported, tmp_path):
     argv = ["train_gpt2", "--export", tmp_path / "out", "--out_dir", exported / "log"]
     result = run_forked(argv, tmp_path, ranks=2)

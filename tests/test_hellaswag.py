@@ -288,7 +288,7 @@ def changed(**fields) -> list[dict]:
         ("rows.jsonl", [ROWS[0], {"ctx": "x"}], "row 1 .*field endings is missing"),
         ("rows.jsonl", [ROWS[0], ["a"]], "row 1 "),
         ("rows.jsonl", [], "no examples"),
-        ("rows.parquet", [{k: v for k, v in ROWS[0].items() if k != "endings"}], "no column named endings"),
+        ("rows.parquet", [{k: v for k, v in ROWS[0].items() if k != "endings"}], "no field named endings"),
         ("rows.parquet", changed(label="7"), "row 1 .*label '7'"),
         ("rows.parquet", changed(label=None), "row 1 .*field label is missing"),
         ("rows.txt", ROWS, "no .parquet or .jsonl file"),
