@@ -556,7 +556,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("fineweb.py", __doc__)
     add = partial(parser.add_argument, metavar="X")
     switch = partial(parser.add_argument, action="store_true")
-    add("--out_dir", help="folder of the shards (default: edu_fineweb10B, or demo_data)")
+    add(
+        "--out_dir", help="folder of the shards (default: edu_fineweb10B, demo_data, or NAME_shards for other datasets)"
+    )
     add("--dataset", default=FINEWEB_EDU, help="name on the Hub, or a folder (default: %(default)s)")
     add("--subset", help="folder in the dataset (default: FineWeb's sample/10BT, else all)")
     add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
@@ -573,7 +575,8 @@ def main(argv: list[str] | None = None) -> None:
     subset = args.subset
     if subset is None:
         subset = "sample/10BT" if args.dataset.startswith("HuggingFaceFW/fineweb") else ""
-    folder = Path(args.out_dir or (DEMO_DIR if args.demo else "edu_fineweb10B"))
+    default = "edu_fineweb10B" if args.dataset == FINEWEB_EDU else f"{Path(args.dataset).resolve().name}_shards"
+    folder = Path(args.out_dir or (DEMO_DIR if args.demo else default))
     if args.verify:
         manifest = verify(folder)
     elif args.demo:

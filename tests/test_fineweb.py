@@ -257,6 +257,14 @@ def test_a_text_file_is_read_a_document_at_a_time(tmp_path):
     assert peak < 2**19
 
 
+def test_other_texts_go_into_a_folder_of_their_own_not_fineweb_edus(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "mine" / "a.parquet", DOCUMENTS)
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(partial(fineweb.main, ["--dataset", "mine/", "--workers", "1"]), "fineweb.py") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine_shards"]
+    assert exit_status(partial(fineweb.main, ["--dataset", "mine/", "--verify"]), "fineweb.py") == 0
+
+
 def test_the_column_of_the_text_can_be_named_and_is_part_of_the_settings(tmp_path, reference, capsys):
     pq.write_table(pa.table({"id": [1, 2], "story": ["one " * 50, "two " * 50]}), make(tmp_path / "a") / "a.parquet")
     (make(tmp_path / "b") / "b.jsonl").write_text("".join(f'{{"story": "{w * 50}"}}\n' for w in ("one ", "two ")))
