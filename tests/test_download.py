@@ -319,7 +319,7 @@ def shards(hub, tmp_path) -> Hub:
 def test_ready_made_shards_are_taken_as_they_are(shards, tmp_path):
     result = run(shards, tmp_path, "--dataset", "owner/fineweb10B-gpt2")
     assert result.returncode == 0, result.stderr
-    folder, files = tmp_path / "edu_fineweb10B", shards.datasets["owner/fineweb10B-gpt2"]
+    folder, files = tmp_path / "fineweb10B-gpt2_shards", shards.datasets["owner/fineweb10B-gpt2"]
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3))]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "manifest.json"])
     assert all((folder / name).read_bytes() == files[name] for name in names)
@@ -357,7 +357,7 @@ def test_a_ready_made_shard_that_is_damaged_is_refused(shards, tmp_path, bad, me
 
 def test_a_bad_ready_made_shard_is_named_and_the_good_ones_stay(shards, tmp_path):
     files, name = shards.datasets["owner/fineweb10B-gpt2"], "fineweb_train_000002.bin"
-    good, folder = files[name], tmp_path / "edu_fineweb10B"
+    good, folder = files[name], tmp_path / "fineweb10B-gpt2_shards"
     argv = ["--dataset", "owner/fineweb10B-gpt2", "--max_tokens", 601]  # without the last one
     files[name] = b"\0" + good[1:]
     result = run(shards, tmp_path, *argv)
