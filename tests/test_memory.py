@@ -228,6 +228,14 @@ def test_cross_entropy_of_bfloat16_logits_is_that_of_the_same_logits_in_float32(
     torch.testing.assert_close(ours.grad, theirs.grad.bfloat16())
 
 
+@pytest.mark.parametrize("found", [{}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_a_cpu_that_multiplies_bfloat16_trains_in_it_and_samples_in_float32(monkeypatch, found):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    for training in (True, False):
+        with join_world("cpu", "auto", training) as chosen:
+            assert chosen.dtype == (torch.bfloat16 if found and training else torch.float32)
+
+
 def test_evaluation_multiplies_float32_as_it_is(shards, monkeypatch):
     found, real = [], GPT.loss
 
