@@ -8,8 +8,8 @@
 A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then
 PREFIX_train_000001.npy and so on. Documents follow each other, each opened by <|endoftext|>, across
 shards. In parquet and JSON lines a document is the field "text" of a row (or --text_column); a .txt
-file is one, or several between lines that are just <|endoftext|>. manifest.json says what the shards were made
-from. The same command resumes after the last shard.
+file is one, or several between lines that are just <|endoftext|>. manifest.json says what the
+shards were made from. The same command resumes after the last shard.
 """
 
 import ast
@@ -321,7 +321,8 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
     """The texts from manifest.resume_at on, by about BATCH_CHARACTERS; UserError for a bad row."""
     begin, first, _ = manifest.resume_at
     sizes = list(manifest.files.values())
-    total, before, column = sum(sizes) + 1, sum(sizes[:begin]) + 1, manifest.text_column  # never 0
+    total, before = sum(sizes) + 1, sum(sizes[:begin]) + 1  # never 0
+    column = manifest.text_column
     place, texts, characters = Place(begin, first), [], 0
     for number, path in enumerate(paths, begin):
         row = first
@@ -556,9 +557,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("fineweb.py", __doc__)
     add = partial(parser.add_argument, metavar="X")
     switch = partial(parser.add_argument, action="store_true")
-    add(
-        "--out_dir", help="folder of the shards (default: edu_fineweb10B, demo_data, or NAME_shards for other datasets)"
-    )
+    add("--out_dir", help="folder of the shards (default: edu_fineweb10B, demo_data; of others NAME_shards)")
     add("--dataset", default=FINEWEB_EDU, help="name on the Hub, or a folder (default: %(default)s)")
     add("--subset", help="folder in the dataset (default: FineWeb's sample/10BT, else all)")
     add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
@@ -584,8 +583,8 @@ def main(argv: list[str] | None = None) -> None:
         manifest = Manifest.load(folder)
     else:
         dataset = os.path.normpath(args.dataset) if os.path.isdir(args.dataset) else args.dataset
-        sizes = (args.shard_tokens, args.max_tokens)
-        wanted = Manifest(dataset, subset.strip("/"), args.revision, *sizes, args.text_column)
+        wanted = Manifest(dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens)
+        wanted.text_column = args.text_column
         manifest = build(folder, wanted, args.workers, args.keep_downloads)
     shards = f"{len(manifest.shards)} shards (a short last one is normal)"
     print(f"{folder}: {shards}, {manifest.tokens:,} tokens, {manifest.documents:,} documents", file=sys.stderr)

@@ -720,7 +720,9 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     step_model = make_step_model(model, config, world) if steps else model
     if config.micro_batch == "auto":
         # The largest power of two that divides a rank's sequences; resumed, what it was: sums round alike.
-        largest = log.last("micro_batch", "size", default=128 if world.on_gpu else 64)
+        largest = 128 if world.on_gpu else 64
+        if start:
+            largest = log.last("micro_batch", "size", default=largest)
         size = math.gcd(largest, config.batch_tokens // T // world.size)
         if steps and world.on_gpu:
             size = fit_micro_batch(model, step_model, optimizer, size, world)

@@ -12,7 +12,8 @@ isn't there.
 
 - script: train_gpt2.py as it is. In demo, with a mask on the tokens that don't occur, as --demo has it.
 - plain: the same model and the same mathematics without what is written by hand for a CPU, so that the loss is
-  F.cross_entropy(lm_head(x) + token_bias), token_bias being minus infinity on masked tokens.
+  F.cross_entropy(lm_head(x) + token_bias), token_bias being minus infinity on masked tokens; in bfloat16, and so on a
+  GPU, the loss is support/loss.py's on this side too.
 - float32 logits: the head's product and the loss outside autocast (on CUDA in TF32, as the script sets it).
 - transformers: GPT2LMHeadModel with the same weights, dropout 0, SDPA, no cache, and its own loss.
 

@@ -98,6 +98,10 @@ def test_a_resumed_run_keeps_its_micro_batch(shards, tmp_path):
     path.write_text(path.read_text().replace('"size": 8', '"size": 2'))
     assert run_train(flags) == 0
     assert list(read_log(path)["micro_batch"].values())[-1]["size"] == 2
+    for checkpoint in (tmp_path / "log").glob("ckpt_*.pt"):
+        checkpoint.unlink()
+    assert run_train(flags) == 0  # another run from the start
+    assert list(read_log(path)["micro_batch"].values())[-1]["size"] == 8
 
 
 def test_where_not_one_sequence_fits_the_line_says_what_to_do():
