@@ -32,7 +32,7 @@ import fineweb
 from support.cli import Parser, UserError, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
 from support.tokens import END_OF_TEXT, encode_document
-from support.world import World, attention_of_any_length, full_float32, join_world
+from support.world import World, attention_of_any_length, join_world
 
 DATASET = "Rowan/hellaswag"
 FILE = "data/validation-00000-of-00001.parquet"
@@ -62,9 +62,9 @@ def fetch() -> Path:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries are not worth a line each
-    download = partial(hf_hub_download, DATASET, FILE, repo_type="dataset", revision=REVISION)
+    download = partial(hf_hub_download, filename=FILE, repo_type="dataset", revision=REVISION)
     fix = "check the network, or name a local file (--data here, --hellaswag_data in training)"
-    return Path(fineweb.ask_hub(download, tries=1, fix=fix))
+    return Path(fineweb.ask_hub(download, DATASET, tries=1, fix=fix))
 
 
 def check(record: dict, style: str) -> None:
@@ -213,7 +213,6 @@ def load_or_warn(source: str, config, world: World) -> HellaSwag | None:
 
 
 @torch.no_grad()
-@full_float32()
 def score(model, batch: Batch, world: World, buffer: Tensor) -> np.ndarray:
     """The log-probability in nats of each token to score, (N,); buffer (rows, V) is reused."""
     batch = Batch(*(world.move(tensor) for tensor in batch))

@@ -46,7 +46,7 @@ from support.loss import CrossEntropySum
 from support.muon import Muon
 from support.order import sequences_at, tokens_before, tokens_of
 from support.tokens import END_OF_TEXT, N_VOCAB, Shard, find_shards, tokenizer
-from support.world import World, attention_of_any_length, full_float32, join_world, listen_for_stop
+from support.world import World, attention_of_any_length, join_world, listen_for_stop
 
 # ---------------------------------------------------------------- configuration
 
@@ -184,10 +184,7 @@ class MLP(nn.Module):
         self.c_proj = cpu.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)  # (B, T, 4 C)
-        if cpu.by_hand(x):  # the same with less memory
-            return cpu.GeluLinear.apply(x, self.c_proj.weight, self.c_proj.bias)
-        return self.c_proj(F.gelu(x, approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -519,7 +516,6 @@ def evaluation_loss(model: GPT, x: Tensor, y: Tensor, world: World) -> Tensor:
 
 
 @torch.no_grad()
-@full_float32()
 def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> tuple[float, int]:
     """Mean loss in nats over the first val_tokens of a split, by all ranks; and how many they are."""
     T = data.block_size

@@ -14,7 +14,7 @@ isn't there.
 - plain: the same model and the same mathematics without what is written by hand for a CPU, so that the loss is
   F.cross_entropy(lm_head(x) + token_bias), token_bias being minus infinity on masked tokens; in bfloat16, and so on a
   GPU, the loss is support/loss.py's on this side too.
-- float32 logits: the head's product and the loss outside autocast (on CUDA in TF32, as the script sets it).
+- float32 logits: the head's product and the loss outside autocast (on CUDA, too, in float32 as it is, not TF32).
 - transformers: GPT2LMHeadModel with the same weights, dropout 0, SDPA, no cache, and its own loss.
 
 tokens/s is a step's tokens by the median time. MFU counts 6 N + 12 L C T FLOP a token, N without the positions (0.855

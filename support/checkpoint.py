@@ -103,15 +103,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     # The saved groups' parameters, so that torch finds out if they are grouped in another way.
     groups = [own | {"params": was["params"]} for own, was in zip(settings, saved["param_groups"], strict=False)]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    for group in optimizer.param_groups:
-        if not group.get("fused"):
-            continue
-        for p in group["params"]:  # a fused kernel trusts the shapes that it is given
-            for name, value in optimizer.state[p].items():
-                if not torch.is_tensor(value) or name == "step":
-                    continue
-                if value.shape != p.shape or not value.is_contiguous():
-                    raise ValueError(f"the optimizer's {name} in the checkpoint is not of shape {tuple(p.shape)}")
 
 
 def check_same_run(state: dict[str, Any], gpt_config, config) -> None:

@@ -14,8 +14,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-import numpy as np
-
 
 class UserError(Exception):
     """Something the user can fix: the text is the line they see, `status` the exit status."""
@@ -121,11 +119,7 @@ int_or_auto.__name__ = "int, or auto"  # in the parser's messages
 
 
 def as_typed(default) -> str:
-    if isinstance(default, bool):
-        return "yes" if default else "no"
-    if isinstance(default, float) and 0 < default < 0.01:
-        return np.format_float_scientific(default, trim="-", exp_digits=1)  # 6e-4
-    return str(default)
+    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
 
 
 def as_flag(name: str, value) -> str:

@@ -31,22 +31,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x), weight, bias) that recomputes gelu(x) in backward, for a quarter less memory in a block."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return linear(F.gelu(x, approximate="tanh"), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        dweight = rows.T @ F.gelu(x, approximate="tanh").flatten(0, -2)
-        return (torch.ops.aten.gelu_backward(grad @ weight, x, approximate="tanh"), dweight, rows.sum(0))
-
-
 @lru_cache(maxsize=1)
 @torch.inference_mode(False)
 def scratch(rows: int, columns: int, thread: int) -> Tensor:

@@ -28,8 +28,6 @@ class Log:
         self.recent: deque[float] = deque(maxlen=20)  # tokens per second
         if not world.is_main:
             return
-        if self.path.is_symlink():
-            raise UserError(f"{self.path} is a link: remove it, or give another --out_dir")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
         try:

@@ -29,17 +29,9 @@ class Muon(torch.optim.Optimizer):
     are one stack, in 200 kernels instead of 1,400 for GPT-2 124M, and each rank computes a share of it.
     """
 
-    def __init__(
-        self,
-        matrices: list[Tensor],
-        others: torch.optim.Optimizer,
-        lr: float,
-        weight_decay: float,
-        momentum: float = 0.95,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, matrices, others: torch.optim.Optimizer, lr: float, weight_decay: float, dtype=None):
         self.others = others
-        ours = {"params": matrices, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        ours = {"params": matrices, "lr": lr, "weight_decay": weight_decay, "momentum": 0.95}
         super().__init__([ours, *others.param_groups], {})
         # The dtype of the products, whatever the run's: bfloat16 is precise enough, but on most CPUs slow.
         self.dtype = dtype or (torch.bfloat16 if matrices[0].is_cuda else torch.float32)

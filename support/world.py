@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,17 +39,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if re.search(r"\b(Ti|D|Laptop|MIG)\b", name):  # part of a GPU, or a lesser one
         return None
     return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Within it, CUDA multiplies float32 as it is, not rounded to TF32: as for the losses that are published."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def attention_of_any_length():
@@ -179,7 +169,8 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, for all that autocast leaves in float32
+        # Not rounded to TF32: what autocast leaves in float32 are the logits that published losses are made of.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     if dtype_name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype_name}: take auto, bfloat16 or float32", status=2)
     if dtype_name == "auto":

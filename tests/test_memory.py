@@ -240,24 +240,6 @@ def test_a_cpu_that_multiplies_bfloat16_trains_in_it_and_samples_in_float32(monk
             assert chosen.dtype == (torch.bfloat16 if found and training else torch.float32)
 
 
-def test_evaluation_multiplies_float32_as_it_is(shards, monkeypatch):
-    found, real = [], GPT.loss
-
-    def loss(*args):
-        found.append(torch.get_float32_matmul_precision())
-        return real(*args)
-
-    monkeypatch.setattr(GPT, "loss", loss)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        evaluate(GPT(TINY), sequences(shards, "val"), TrainConfig(val_tokens=64, micro_batch=4), CPU)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert found == ["highest"]
-
-
 # ---------------------------------------------------------------- clock and end
 
 

@@ -200,7 +200,7 @@ def test_muon_brings_its_defaults_and_flags_go_before_them(shards, tmp_path, cap
         run_train(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "--optimizer muon: --max_steps 7000 --warmup_steps 250 --max_lr 1.8e-3 --min_lr 0.0 --embedding_lr 2.0" in said
+        "--optimizer muon: --max_steps 7000 --warmup_steps 250 --max_lr 0.0018 --min_lr 0.0 --embedding_lr 2.0" in said
     )
     assert run_train(["--optimizer", "sgd"]) == 2
     assert "invalid choice: 'sgd' (choose from 'adamw', 'muon')" in capsys.readouterr().err
