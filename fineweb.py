@@ -2,20 +2,19 @@
 
     python fineweb.py                           # FineWeb-Edu, 10B tokens, into edu_fineweb10B/
     python fineweb.py --max_tokens 500000000    # its first 500M tokens
-    python fineweb.py --dataset my_texts        # a folder of .parquet, .jsonl(.gz) or .txt
+    python fineweb.py --dataset my_texts        # a folder or a file of yours, or OWNER/NAME on the Hub
     python fineweb.py --demo                    # prose that comes with Python, into demo_data/
 
 A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then
 PREFIX_train_000001.npy and so on. Documents follow each other, each opened by <|endoftext|>, across
-shards. In parquet and JSON lines a document is the field "text" of a row (or --text_column); a .txt
-file is one, or several between lines that are just <|endoftext|>. manifest.json says what the
-shards were made from. The same command resumes after the last shard.
+shards. A document is the field "text" of a row (or --text_column); a .txt file is one, or several
+between lines that are just <|endoftext|>. Files that are named after a split (train, validation,
+test) are used as such. manifest.json says what the shards were made from. The same command resumes
+after the last shard.
 """
 
 import ast
-import codecs
 import dataclasses
-import gzip
 import hashlib
 import json
 import os
@@ -25,13 +24,16 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +43,12 @@ from tqdm import tqdm
 
 from support.cli import Parser, UserError, one_line, run_script
 from support.files import DAMAGE, prefetch, whole_file, whole_folder
-from support.tokens import END_OF_TEXT, N_VOCAB, RANKS_SHA256, encode_document, find_shards, open_shard, tokenizer
+from support.readers import FORMATS, READERS, TABLES, FieldError, find_reader, missing, read_pieces, read_rows
+from support.tokens import END_OF_TEXT, RANKS_SHA256, cut, encode_document, find_shards, open_shard, tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 DEMO_DIR = "demo_data"
+DOWNLOADS = ".fineweb_downloads"  # in the folder of the shards
 AGAIN = "complete shards are kept, and the same command again resumes after them"
 
 # ---------------------------------------------------------------- tokens
@@ -61,21 +65,23 @@ class Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some documents, or their tokens (N,) uint16 with an <|endoftext|> before each."""
+    """Some documents, or their tokens (N,) uint16 with an <|endoftext|> before each; or a part of a long one."""
 
-    place: Place  # of the first
+    place: Place  # of the first; all parts of a document have the same
     fraction: float  # of the dataset, up to the end of the last
     content: list[str] | np.ndarray
+    begins: bool = True  # with a document, not within one
 
 
 def encode_batch(batch: Batch) -> Batch:
     """The batch with its documents replaced by their tokens."""
-    text = "".join(f"<|endoftext|>{text}" for text in batch.content)
-    if text.count("<|endoftext|>") == len(batch.content):
+    text, opening = "<|endoftext|>".join(batch.content), "<|endoftext|>" if batch.begins else ""
+    if text.count("<|endoftext|>") == len(batch.content) - 1:
         with suppress(ValueError):  # the same tokens by one call, in which Python's lock is free
-            tokens = tokenizer().encode_to_numpy(text, allowed_special="all")
+            tokens = tokenizer().encode_to_numpy(opening + text, allowed_special="all")
             return batch._replace(content=tokens.astype(np.uint16))
-    return batch._replace(content=np.concatenate([encode_document(text) for text in batch.content]))
+    tokens = np.concatenate([encode_document(text) for text in batch.content])
+    return batch._replace(content=tokens if batch.begins else tokens[1:])
 
 
 def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[Batch]:
@@ -92,14 +98,19 @@ def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[Batch]:
 # ---------------------------------------------------------------- shards and their manifest
 
 SHARD = re.compile(r"[\w.-]*_(train|val)_\d+\.(npy|bin)", re.ASCII)
+SETTINGS = ("dataset", "subset", "revision", "split", "val_split", "text_column", "errors", "shard_tokens",
+            "max_tokens", "tokenizer")  # fmt: skip
 
 
-def count_ids(tokens: np.ndarray) -> np.ndarray:
-    """How often each id occurs in a shard, (65536,) int64; in pieces, for the memory."""
-    counts = np.zeros(2**16, dtype=np.int64)
-    for start in range(0, len(tokens), 2**20):
-        counts += np.bincount(tokens[start : start + 2**20], minlength=2**16)
-    return counts
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def name_of(dataset: str) -> str:
+    """Of a folder or a dataset on the Hub its own name, of a file what stands before the first dot."""
+    name = Path(dataset).resolve().name
+    return name.split(".")[0] if os.path.isfile(dataset) else name
 
 
 @dataclass
@@ -112,38 +123,39 @@ class Manifest:
     shard_tokens: int
     max_tokens: int | None
     text_column: str = "text"
+    errors: str = "strict"
+    split: str | None = None  # words in the names of files to train on, and to validate on; None: the usual ones
+    val_split: str | None = None
     tokenizer: str = RANKS_SHA256
     prefix: str = ""  # of the shards' names
     commit: str | None = None  # what the Hub resolved the revision to; None for a folder
     files: dict = field(default_factory=dict)  # of the dataset, as they are read, and their bytes
+    val_files: int = 0  # so many of them, the first, are for validation
+    left_out: list = field(default_factory=list)  # files beside them
+    modified: int | None = None  # the time of the newest, in ns; None on the Hub, and in manifests of before
     complete: bool = False
     resume_at: list = field(default_factory=lambda: [0, 0, 0])  # the Place where the next shard begins
     documents: int = 0
     shards: list = field(default_factory=list)  # {"name", "tokens", "sha256"} of each
-    token_ids: list = field(default_factory=list)  # those that occur
 
     def __post_init__(self):
-        name = re.sub(r"[^a-zA-Z0-9.]+", "-", Path(self.dataset).resolve().name).strip("-.") or "text"
+        name = re.sub(r"[^a-zA-Z0-9.]+", "-", name_of(self.dataset)).strip("-.") or "text"
         self.prefix = self.prefix or ("edufineweb" if self.dataset == FINEWEB_EDU else name)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """That of a folder; UserError if it is damaged, leads outside, or a shard has another length."""
+        """That of a folder; UserError if it is damaged, or a shard has another length."""
         path = folder / "manifest.json"
         try:
-            manifest = cls(**json.loads(path.read_bytes()))
-            names = [shard["name"] for shard in manifest.shards] + [manifest.shard_name(0)]
-            if not all(SHARD.fullmatch(name) for name in names):
-                raise ValueError("a shard has a name that it cannot have")
-            if any(name.startswith("/") or ".." in Path(name).parts for name in manifest.files):
-                raise ValueError("a file leads out of the dataset")
-            lengths = [shard["tokens"] for shard in manifest.shards]
+            found = json.loads(path.read_bytes())
+            manifest = cls(**{f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found})
+            shards = [(folder / shard["name"], shard["tokens"]) for shard in manifest.shards]
         except DAMAGE as error:
             fix = f"restore it, or delete {folder} and start again"
             raise UserError(f"cannot read {path}: {one_line(error)}: {fix}") from None
-        for name, length in zip(names, lengths, strict=False):
-            if len(open_shard(folder / name)) != length:
-                raise UserError(f"{folder / name} is not what manifest.json says: delete {folder} and start again")
+        for shard, length in shards:
+            if len(open_shard(shard)) != length:
+                raise UserError(f"{shard} is not what manifest.json says: delete {folder} and start again")
         return manifest
 
     def save(self, folder: Path) -> None:
@@ -152,79 +164,66 @@ class Manifest:
         with whole_file(folder / "manifest.json") as file:
             file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
-    def add(self, path: Path, resume_at: Place, complete: bool) -> None:
-        """Enter a shard, and where the next one begins; UserError if its tokens are not GPT-2's."""
-        tokens = open_shard(path)
-        counts = count_ids(tokens)
-        if counts[N_VOCAB:].any():
-            wrong = np.flatnonzero(counts)[-1]
-            raise UserError(f"{path} holds token {wrong}, which GPT-2 does not have: replace the file")
-        self.token_ids = sorted({*self.token_ids, *np.flatnonzero(counts).tolist()})
-        self.documents += int(counts[END_OF_TEXT])
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.shards.append({"name": path.name, "tokens": len(tokens), "sha256": digest})
-        self.resume_at, self.complete = resume_at, complete
-
     @property
     def tokens(self) -> int:
         return sum(shard["tokens"] for shard in self.shards)
 
-    def shard_name(self, number: int) -> str:
-        """What a shard made here is called, counted from 0."""
-        return f"{self.prefix}_{'train' if number else 'val'}_{number:06d}.npy"
-
-
-def enter_shard(path: Path, folder: Path, manifest: Manifest, resume_at: list, complete: bool) -> None:
-    """Enter a shard in the manifest, and move it beside that; say so where no bar shows it."""
-    manifest.add(path, resume_at, complete)
-    path.replace(folder / path.name)
-    manifest.save(folder)
-    if manifest.files and not sys.stderr.isatty():
-        print(f"{path.name}: {manifest.tokens:,} tokens so far", file=sys.stderr, flush=True)
+    def path(self, name: str) -> Path:
+        """Where a file of a folder lies; the dataset may also be one file."""
+        place = Path(self.dataset, self.subset)
+        return place if place.is_file() else place / name
 
 
 def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, resume_at: list, complete: bool = False) -> None:
     """Write the next shard, then the manifest; killed between the two, the shard is written again."""
-    path = folder / manifest.shard_name(len(manifest.shards))
+    path = folder / f"{manifest.prefix}_{'train' if manifest.shards else 'val'}_{len(manifest.shards):06d}.npy"
     with whole_file(path) as file:
         # The same bytes as np.save(), which would hide that the disk is full.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
         file.write(tokens.data)
-    enter_shard(path, folder, manifest, resume_at, complete)
+    manifest.documents += int(np.count_nonzero(tokens == END_OF_TEXT))
+    manifest.shards.append({"name": path.name, "tokens": len(tokens), "sha256": sha256(path)})
+    manifest.resume_at, manifest.complete = resume_at, complete
+    manifest.save(folder)
+    if manifest.files and not sys.stderr.isatty():  # where no bar shows it
+        print(f"{path.name}: {manifest.tokens:,} tokens so far", file=sys.stderr, flush=True)
 
 
 def find_token_ids(data_dir: str, n_vocab: int) -> list[int]:
     """The ids that occur in a folder's shards, ascending; UserError unless all are below n_vocab."""
-    paths, token_ids = find_shards(data_dir, "train|val"), None
-    with suppress(UserError):
-        manifest = Manifest.load(Path(data_dir))
-        if {shard["name"] for shard in manifest.shards} == {path.name for path in paths}:
-            token_ids = manifest.token_ids
-    if token_ids is None:
-        bar = tqdm(paths, desc="which tokens occur", unit="shard", disable=None)
-        token_ids = np.flatnonzero(sum(count_ids(open_shard(path)) for path in bar)).tolist()
+    seen = np.zeros(2**16, dtype=bool)
+    for path in tqdm(find_shards(data_dir, "train|val"), desc="which tokens occur", unit="shard", disable=None):
+        tokens = open_shard(path)
+        for start in range(0, len(tokens), 2**20):  # in pieces, for the memory
+            seen[tokens[start : start + 2**20]] = True
+    token_ids = np.flatnonzero(seen).tolist()
     if not token_ids or token_ids[-1] >= n_vocab:
         what = f"token {token_ids[-1]}, the model knows {n_vocab}" if token_ids else "no tokens"
-        raise UserError(f"{data_dir} holds {what}: replace the shards, or a manifest.json that is not about them")
+        raise UserError(f"{data_dir} holds {what}: replace the shards")
     return token_ids
 
 
-def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1) -> None:
-    """Tokenize batches from manifest.resume_at on, until their end or max_tokens."""
+def write_shards(
+    batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1, validation: bool = False
+) -> None:
+    """Tokenize batches from manifest.resume_at on, until their end or max_tokens; for validation, one shard at most."""
     buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
     to_skip, most = manifest.resume_at[2], manifest.max_tokens or sys.maxsize
-    to_take = most - manifest.tokens
+    done = manifest.tokens - (manifest.shards[0]["tokens"] if manifest.val_files and manifest.shards else 0)
+    to_take = len(buffer) if validation else most - done
+    place, before = None, 0  # where a document begins, and how many of its tokens came in batches before
     quiet = None if manifest.files else True  # None is tqdm's way to say: unless it is a terminal
     bar = tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=quiet, dynamic_ncols=True)
     with bar, closing(encode_batches(batches, workers)) as encoded:
         for batch in encoded:
             tokens = batch.content
+            if batch.place != place:
+                place, before = batch.place, 0
             at = min(to_skip, len(tokens))  # how many of them are dealt with
             to_skip -= at
             while at < len(tokens) and to_take:
                 if filled == len(buffer):
-                    write_shard(buffer, folder, manifest, batch.place._replace(skip=at))
+                    write_shard(buffer, folder, manifest, place._replace(skip=before + at))
                     filled = 0
                 taken = min(len(tokens) - at, len(buffer) - filled, to_take)
                 buffer[filled : filled + taken] = tokens[at : at + taken]
@@ -233,186 +232,230 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
                 to_take -= taken
             if not to_take:
                 break
+            before += len(tokens)
             bar.total = min(most, round((bar.n + len(tokens)) / batch.fraction))
             bar.update(len(tokens))
-    # What fills no more than one shard is cut in two: a tenth for validation.
-    begin = 0 if manifest.shards else max(1, filled // 10)
+    # Without files for validation, what fills no more than one shard is cut in two: a tenth for that.
+    begin = 0 if manifest.shards or validation else max(1, filled // 10)
     if begin >= filled:
         raise UserError(f"{manifest.dataset} has too little text, or less than it had")
     if begin:
         write_shard(buffer[:begin], folder, manifest, Place(0, 0, begin))
-    write_shard(buffer[begin:filled], folder, manifest, manifest.resume_at, complete=True)
+    resume_at = Place(manifest.val_files, 0) if validation else manifest.resume_at
+    write_shard(buffer[begin:filled], folder, manifest, resume_at, complete=not validation)
 
 
-# ---------------------------------------------------------------- sources
-
-# Each row as a dict, None for an empty line, and the fraction of the file read so far.
-Rows = Iterator[tuple[dict | None, float]]
+# ---------------------------------------------------------------- reading
 
 
-class MissingField(ValueError):
-    """Rows lack a field, and have others."""
+def read_texts(paths: Iterable[Path], manifest: Manifest) -> Iterator[tuple[Place, float, str | None]]:
+    """Each text from manifest.resume_at on, its place, and the fraction of the dataset that is read.
 
-    def __init__(self, name: str, others: Iterable[str]):
-        super().__init__(f"no field named {name}, only {', '.join(map(str, others)) or 'none'}")
-
-
-def read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-        lacking = [name for name in columns if name not in file.schema_arrow.names]
-        if lacking:
-            raise MissingField(lacking[0], file.schema_arrow.names)
-        row = 0
-        for batch in file.iter_batches(64, columns=columns):
-            for record in batch.to_pylist():
-                row += 1
-                yield record, row / file.metadata.num_rows
-
-
-def read_json_lines(path: Path, columns: tuple[str, ...]) -> Rows:
-    size = path.stat().st_size
-    with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
-        for line in lines:
-            yield json.loads(line) if line.strip() else None, file.tell() / size
-
-
-def read_text(path: Path, columns: tuple[str, ...]) -> Rows:
-    """The file as one document, or those between lines that are just <|endoftext|>; CR LF becomes LF."""
-    size, document, separated = path.stat().st_size, bytearray(), False
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            if number == 0:
-                refuse_what_is_no_text(line)
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if b"\0" in line:
-                raise ValueError("it has NUL bytes, so it is no text")
-            if line.strip(b"\r\n") == b"<|endoftext|>":
-                separated = True
-                if document.strip():
-                    yield {columns[0]: document.removesuffix(b"\n").decode()}, file.tell() / size
-                document.clear()
-            else:
-                document += line.replace(b"\r\n", b"\n")
-    if document.strip() or (document and not separated):
-        yield {columns[0]: document.decode()}, 1.0
-
-
-def refuse_what_is_no_text(line: bytes) -> None:
-    """Raise ValueError, which says what to do, if a file begins with this line."""
-    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError("it is UTF-16: convert it (iconv -f UTF-16 -t UTF-8)")
-    if line.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise ValueError("it is a pointer of Git LFS, not the text: run git lfs pull")
-
-
-# To read another format, add its suffix and a reader.
-READERS = {".parquet": read_parquet, ".jsonl": read_json_lines, ".jsonl.gz": read_json_lines, ".txt": read_text}
-
-
-def read_rows(path: Path, columns: tuple[str, ...] = ("text",)) -> Rows:
-    """A file's rows, from its reader, which must raise one of DAMAGE for a bad file."""
-    reader = next(READERS[suffix] for suffix in READERS if path.name.endswith(suffix))
-    return reader(path, columns)
-
-
-def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
-    """The texts from manifest.resume_at on, by about BATCH_CHARACTERS; UserError for a bad row."""
+    None where texts must not wait for the next file, which is being downloaded. UserError for a bad row.
+    """
     begin, first, _ = manifest.resume_at
-    sizes = list(manifest.files.values())
+    sizes, column = list(manifest.files.values()), manifest.text_column
     total, before = sum(sizes) + 1, sum(sizes[:begin]) + 1  # never 0
-    column = manifest.text_column
-    place, texts, characters = Place(begin, first), [], 0
     for number, path in enumerate(paths, begin):
         row = first
         try:
-            for record, fraction in islice(read_rows(path, (column,)), first, None):
+            for record, fraction in islice(read_rows(path, (column,), manifest.errors), first, None):
                 if isinstance(record, dict) and column not in record:
-                    raise MissingField(column, record)
+                    raise missing(column, record)
                 text = None if record is None else record[column]
                 if not isinstance(text, str | None):
-                    raise ValueError(f"{column} is {type(text).__name__}, not a string")
+                    raise FieldError(f"{column} is {type(text).__name__}, not a string")
                 if text is not None:
-                    texts.append(text)
-                    characters += len(text) + 1
+                    yield Place(number, row), (before + fraction * sizes[number]) / total, text
                 row += 1
-                if characters >= BATCH_CHARACTERS:
-                    yield Batch(place, (before + fraction * sizes[number]) / total, texts)
-                    place, texts, characters = Place(number, row), [], 0
-        except MissingField as error:
-            raise UserError(f"{path}, row {row}: {error}: name the text's with --text_column") from None
         except DAMAGE as error:
-            fix = "delete it if it was downloaded and run the same command again, else repair it"
+            fix = "repair it, or move it away"
+            if isinstance(error, FieldError):
+                fix = "name the text's field with --text_column"
+            elif manifest.commit:
+                path.resolve().unlink()  # in the Hub's cache it is a link
+                fix = "it is deleted, and the same command downloads it again"
             raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {fix}") from None
         before += sizes[number]
         first = 0
-        if texts and (manifest.commit or number == len(sizes) - 1):  # don't keep texts waiting for a download
-            yield Batch(place, before / total, texts)
-            place, texts, characters = Place(number + 1, 0), [], 0
+        if manifest.commit:
+            yield Place(number, row), before / total, None
 
 
-def ask_hub(function: Callable, *args, tries: int = 3, fix: str = "", **kwargs):
-    """function(...) of huggingface_hub, tried so many times; UserError, which ends in `fix`."""
+def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
+    """The texts from manifest.resume_at on, by about BATCH_CHARACTERS; longer ones are cut."""
+    texts, characters, begin, fraction = [], 0, None, 1.0
+    for place, fraction, text in read_texts(paths, manifest):
+        if text is not None:
+            begin = begin or place
+            texts.append(text)
+            characters += len(text) + 1
+        if texts and (characters >= BATCH_CHARACTERS or text is None):
+            begins = True
+            for part in cut(texts.pop(), BATCH_CHARACTERS):
+                yield Batch(begin, fraction, [*texts, part], begins)
+                texts, begins = [], False
+            characters, begin = 0, None
+    if texts:
+        yield Batch(begin, fraction, texts)
+
+
+# ---------------------------------------------------------------- which files
+
+# Words in the names of files and folders that tell their split; where several occur, the first here counts.
+WORDS = {"test": "test|eval|holdout", "val": "validation|valid|val|dev", "train": "train"}
+
+
+def is_local(dataset: str) -> bool:
+    return dataset.startswith((".", "/", "~")) or os.path.exists(dataset)
+
+
+def split_of(label: str, manifest: Manifest) -> str:
+    """The split of a file, by its path or what its dataset says: "train", "val", or "test" for what is left out."""
+    for split, name in (("val", manifest.val_split), ("train", manifest.split)):
+        if name and re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", label.lower()):
+            return split
+    guess = "train"
+    for part in label.lower().split("/"):  # the last that says something counts
+        found = [split for split, words in WORDS.items() if re.search(f"(?<![a-z])({words})(?![a-z])", part)]
+        guess = found[0] if found else guess
+    chosen = {"train": manifest.split, "val": manifest.val_split}
+    return "test" if chosen.get(guess) else guess
+
+
+def find_source(manifest: Manifest) -> None:
+    """Enter in a new manifest the files to read, those for validation first; UserError if there are none."""
+    place, fix = Path(manifest.dataset, manifest.subset), "check --dataset and --subset"
+    local = is_local(manifest.dataset)
+    if local and place.exists():
+        sizes, labels = list_folder(place), {place.name: ""}  # one file is to train on, whatever its name
+    elif not local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
+        sizes, labels = list_hub(manifest)
+        fix += ", or take --revision refs/convert/parquet, which the Hub makes of most datasets"
+        if any(SHARD.fullmatch(Path(name).name) for name in sizes):
+            fix = f"these are shards: hf download {manifest.dataset} --repo-type dataset --local-dir DIR"
+    else:
+        raise UserError(f"there is no folder {place} (on the Hub, a dataset would be OWNER/NAME)")
+    readers = {name: find_reader(name) for name in sizes}
+    kinds = [reader for reader in READERS.values() if reader in readers.values()]
+    if not kinds:
+        raise UserError(f"no {FORMATS} files in {place}: {fix}")
+    files = {"val": [], "train": [], "test": []}
+    for name in sorted(sizes):
+        if readers[name] == kinds[0]:
+            files[split_of(labels.get(name, name), manifest)].append(name)
+    lacking = "train" if not files["train"] else "val" if manifest.val_split and not files["val"] else None
+    if lacking:
+        there = some([*files["test"], *files["val"], *files["train"]])
+        raise UserError(f"no file in {place} is for {lacking} by its name: choose by --split and --val_split ({there})")
+    manifest.files = {name: sizes[name] for name in files["val"] + files["train"]}
+    manifest.val_files = len(files["val"])
+    manifest.left_out = sorted(sizes.keys() - manifest.files.keys())
+    if local:
+        manifest.modified = max(manifest.path(name).stat().st_mtime_ns for name in manifest.files)
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+
+
+def list_folder(root: Path) -> dict[str, int]:
+    """A file, or those in a folder and below it, by their paths, and their bytes."""
+    if root.is_file():
+        return {root.name: root.stat().st_size}
+    found = glob("**", root_dir=root, recursive=True)  # none that begins with a dot
+    paths = [root / name for name in found if not re.search("(^|/)(_|manifest.json$)", name)]
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+
+
+# ---------------------------------------------------------------- the Hub
+
+
+def ask_hub(function: Callable, dataset: str, *args, tries: int = 3, fix: str = "", **kwargs):
+    """function(dataset, ...) of huggingface_hub, tried so many times; UserError, which ends in `fix`."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     for left in reversed(range(tries)):
         try:
-            return function(*args, **kwargs)
+            return function(dataset, *args, **kwargs)
+        except GatedRepoError:
+            page = f"{constants.ENDPOINT}/datasets/{dataset}"
+            fix = f"ask for access at {page}, then run `hf auth login`, or set HF_TOKEN"
+            raise UserError(f"{dataset} is gated: {fix}") from None
+        except RepositoryNotFoundError:
+            fix = "check the name; if it is private, run `hf auth login`, or set HF_TOKEN"
+            raise UserError(f"there is no folder {dataset}, and no such dataset on the Hub: {fix}") from None
         except Exception as error:  # the client's, the network library's and hf_xet's own
             if isinstance(error, OSError) and error.errno:  # of the disk
                 raise
-            if not left:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if not left or status in (401, 403, 404):
                 fix = fix or f"check the network, --dataset, --subset and --revision; {AGAIN}"
                 raise UserError(f"the Hub: {one_line(error)}: {fix}") from None
             time.sleep(1)
 
 
-def find_source(manifest: Manifest) -> None:
-    """Enter in a new manifest the files to read; UserError if there are none."""
-    place = Path(manifest.dataset, manifest.subset)
-    if os.path.isdir(manifest.dataset):
-        files = {path.name: path.stat().st_size for path in place.glob("[!.]*") if path.is_file()}
-        suffixes, names = tuple(READERS), []
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
-        files = list_hub(manifest)
-        suffixes, names = (".parquet",), ready_made_shards(files, manifest.max_tokens or sys.maxsize)
-        if len({Path(name).name for name in names}) < len(names):
-            raise UserError(f"several shards in {place} have the same name: choose a folder of it with --subset")
-    else:
-        raise UserError(f"there is no folder {manifest.dataset} (on the Hub, a dataset would be OWNER/NAME)")
-    names = names or sorted(name for name in files if name.endswith(suffixes))
-    if not names:
-        raise UserError(f"no {', '.join(suffixes)} files in {place}: check --dataset and --subset")
-    manifest.files = {name: files[name] for name in names}
+def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
+    """Files on the Hub, their bytes, and what tells the split of each; enters the commit in the manifest.
 
-
-def list_hub(manifest: Manifest) -> dict[str, int]:
-    """A dataset's files on the Hub, with their bytes, at a commit that is entered in the manifest."""
+    They are those of the configuration --subset in the dataset's README.md, or else in the folder of that name.
+    """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
 
-    hub = HfApi()
-    manifest.commit = ask_hub(hub.dataset_info, manifest.dataset, revision=manifest.revision).sha
-    tree = partial(hub.list_repo_tree, repo_type="dataset", revision=manifest.commit, recursive=True)
-    entries = ask_hub(lambda: list(tree(manifest.dataset, manifest.subset or None)))
-    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    hub, dataset, name = HfApi(), manifest.dataset, manifest.subset
+    commit = manifest.commit = ask_hub(hub.dataset_info, dataset, revision=manifest.revision).sha
+
+    def files_in(dataset: str, folder: str | None) -> dict[str, int]:
+        with suppress(EntryNotFoundError):  # no such folder
+            tree = hub.list_repo_tree(dataset, folder, repo_type="dataset", revision=commit, recursive=True)
+            return {e.path: e.size for e in tree if hasattr(e, "size") and not re.search(r"(^|/)[._]", e.path)}
+        return {}
+
+    configs = {} if "/" in name else ask_hub(read_configs, dataset, commit)
+    if not name and len(configs) > 1:
+        raise UserError(f"choose by --subset one of the configurations of {dataset}: {', '.join(configs)}")
+    if name in configs or (configs and not name):
+        sizes, labels = ask_hub(files_in, dataset, None), {}
+        for split, pattern in configs[name or min(configs)]:
+            for path in sizes:
+                # As in a shell, * stays within a folder.
+                if fnmatchcase(path, pattern) and ("**" in pattern or path.count("/") == pattern.count("/")):
+                    labels[path] = split or path
+        return {path: sizes[path] for path in labels}, labels
+    sizes = ask_hub(files_in, dataset, name or None)
+    if name and not sizes:
+        there = f"nor one of the configurations of {dataset}: {', '.join(configs) or 'none'}"
+        raise UserError(f"no folder {name}, {there}")
+    return sizes, {path: path.removeprefix(f"{name}/") for path in sizes}
 
 
-def ready_made_shards(files: dict[str, int], max_tokens: int) -> list[str]:
-    """Shards on the Hub: those for validation, then as many as max_tokens takes, at least one."""
-    shards = [name for name in files if name.endswith(".bin") and SHARD.fullmatch(Path(name).name)]
-    names, tokens = [], 0
-    for name in sorted(shards, key=lambda name: ("_val_" not in name, name)):
-        if tokens < max_tokens or "_train_" not in names[-1]:
-            names.append(name)
-            tokens += files[name] // 2 - 512  # of two bytes, after a header of 1,024
-    return names
+def read_configs(dataset: str, commit: str) -> dict[str, list[tuple[str, str]]]:
+    """The configurations in a dataset's README.md: splits ("" if it names none) and patterns of paths."""
+    from huggingface_hub import hf_hub_download, metadata_load
+    from huggingface_hub.errors import EntryNotFoundError
+
+    configs: dict[str, list[tuple[str, str]]] = {}
+    with tempfile.TemporaryDirectory() as folder, suppress(EntryNotFoundError):
+        path = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=commit, local_dir=folder)
+        for entry in (metadata_load(path) or {}).get("configs", []):
+            files = entry.get("data_files", "**")
+            for file in files if isinstance(files, list) else [files]:
+                split, paths = (file["split"], file["path"]) if isinstance(file, dict) else ("", file)
+                for path in paths if isinstance(paths, list) else [paths]:
+                    pattern = os.path.normpath(Path(entry.get("data_dir", ""), path)).replace("**/", "**")
+                    configs.setdefault(entry["config_name"], []).append((split, pattern))
+    return configs
 
 
-def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Path]:
-    """The files from manifest.resume_at on, the Hub's one ahead, deleted after use unless kept."""
+def fetch_files(manifest: Manifest, downloads: Path, keep: bool, end: int | None = None) -> Iterator[Path]:
+    """The files from manifest.resume_at to `end`, the Hub's one ahead, deleted after use unless kept."""
     names = [*manifest.files]
-    done, left = names[: manifest.resume_at[0]], names[manifest.resume_at[0] :]
+    done, left = names[: manifest.resume_at[0]], names[manifest.resume_at[0] : end]
     if manifest.commit is None:
-        yield from (Path(manifest.dataset, manifest.subset, name) for name in left)
+        yield from map(manifest.path, left)
         return
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
@@ -431,13 +474,6 @@ def fetch_files(manifest: Manifest, downloads: Path, keep: bool) -> Iterator[Pat
             path.unlink(missing_ok=True)
 
 
-def take_shards(paths: Iterable[Path], folder: Path, manifest: Manifest) -> None:
-    """Check ready-made shards and move them into the folder."""
-    begin, end = manifest.resume_at[0], len(manifest.files)
-    for number, path in enumerate(tqdm(paths, initial=begin, total=end, unit="shard", disable=None), begin + 1):
-        enter_shard(path, folder, manifest, Place(number, 0), number == end)
-
-
 # ---------------------------------------------------------------- the whole job
 
 
@@ -450,7 +486,7 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     manifest = Manifest.load(folder)
     if not manifest.shards:
         return None
-    for name in ("dataset", "subset", "revision", "text_column", "shard_tokens", "max_tokens", "tokenizer"):
+    for name in SETTINGS:
         was, now = getattr(manifest, name), getattr(wanted, name)
         if was != now:
             raise UserError(f"{folder} was begun with {name} {was}, not {now}: give another --out_dir")
@@ -463,35 +499,72 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} lacks shards: run the `python fineweb.py` command that began it again")
 
 
+def check_source(manifest: Manifest, wanted: Manifest) -> None:
+    """Enter the files to read; UserError if those in a folder are no longer those of a manifest that was begun."""
+    begun = manifest is not wanted
+    if begun and (manifest.modified is None or (manifest.complete and not os.path.exists(manifest.dataset))):
+        return  # at a commit nothing changes, and complete shards outlive the texts
+    find_source(wanted)
+    if (wanted.files, wanted.modified) != (manifest.files, manifest.modified):
+        differ = sorted({name for name, _ in wanted.files.items() ^ manifest.files.items()})
+        what = f"the files in {wanted.dataset} are not those of the start ({some(differ) or 'by their times'})"
+        raise UserError(f"{what}: give another --out_dir, or restore them")
+
+
+def make_shards(folder: Path, manifest: Manifest, workers: int, keep_downloads: bool) -> None:
+    """Do what is left to do, from manifest.resume_at on."""
+    names, n = [*manifest.files], manifest.val_files
+    at = f" at {manifest.commit}" if manifest.commit else ""
+    taken = f"{len(names)} files, {sum(manifest.files.values()) / 1e9:.2f} GB"
+    validation = f"; for validation: {some(names[:n])}" if n else ""
+    left_out = f"; left out: {some(manifest.left_out)}" if manifest.left_out else ""
+    print(f"{manifest.dataset}{at}: {taken}{validation}{left_out}", file=sys.stderr, flush=True)
+    if not manifest.shards and not manifest.commit and manifest.errors == "strict":
+        check_text(manifest)
+    manifest.save(folder)
+    fetch = partial(fetch_files, manifest, folder / DOWNLOADS, keep_downloads)
+    if n and not manifest.shards:
+        write_shards(read_batches(fetch(end=n), manifest), folder, manifest, workers, validation=True)
+    write_shards(read_batches(fetch(), manifest), folder, manifest, workers)
+
+
+def check_text(manifest: Manifest) -> None:
+    """Read the files of text in a folder; UserError that names all that are not UTF-8."""
+    faults = []
+    for path in tqdm(map(manifest.path, manifest.files), desc="is it text", unit="file", leave=False, disable=None):
+        try:
+            for _ in read_pieces(path, "strict") if find_reader(path.name) not in TABLES else ():
+                pass
+        except DAMAGE as error:
+            faults.append(f"{path} ({one_line(error)})")
+    if faults:
+        raise UserError(f"cannot read {', '.join(faults)}: repair them, or move them away")
+
+
 def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
     """Make the wanted shards, or go on; whatever happens, complete ones stay."""
     from filelock import FileLock, Timeout
 
-    downloads, lock = folder / ".fineweb_downloads", folder / ".fineweb_lock"
+    lock = folder / ".fineweb_lock"
     try:
-        manifest = find_manifest(folder, wanted)
-        if manifest and manifest.complete and not lock.exists():
+        manifest = find_manifest(folder, wanted) or wanted
+        check_source(manifest, wanted)
+        if manifest.complete and not lock.exists():
             return manifest
-        if not manifest or not (manifest.commit or manifest.complete):
-            find_source(wanted)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, blocking=False):
             manifest = find_manifest(folder, wanted) or wanted  # another process may just have made it
-            if wanted.files and wanted.files != manifest.files:
-                raise UserError(f"the files in {wanted.dataset} are not those of the start: give another --out_dir")
-            if not manifest.complete:
-                size = sum(manifest.files.values()) / 1e9
-                at = f" at {manifest.commit}" if manifest.commit else ""
-                print(f"{manifest.dataset}{at}: {len(manifest.files)} files, {size:.2f} GB", file=sys.stderr)
-                manifest.save(folder)
-                ready_made = any(name.endswith(".bin") for name in manifest.files)
-                paths = fetch_files(manifest, downloads, keep_downloads and not ready_made)
-                if ready_made:
-                    take_shards(paths, folder, manifest)
-                else:
-                    write_shards(read_batches(paths, manifest), folder, manifest, workers)
-            shutil.rmtree(downloads, ignore_errors=True)
-            lock.unlink()
+            try:
+                if not manifest.complete:
+                    make_shards(folder, manifest, workers, keep_downloads)
+            finally:
+                if manifest.complete or not manifest.shards:
+                    shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
+                if not manifest.shards:  # nothing that would stand in the way of another try
+                    (folder / "manifest.json").unlink(missing_ok=True)
+                lock.unlink()
+                with suppress(OSError):
+                    folder.rmdir()
     except Timeout:
         raise UserError(f"another fineweb.py is at work in {folder}: wait until it has finished") from None
     except OSError as error:
@@ -505,15 +578,13 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
 def verify(folder: Path) -> Manifest:
     """The manifest of a folder; UserError unless it is complete, and right byte by byte."""
     manifest = Manifest.load(folder)
-    found = dataclasses.replace(manifest, documents=0, shards=[], token_ids=[])
-    for shard in tqdm(manifest.shards, unit="shard", disable=None):
-        found.add(folder / shard["name"], manifest.resume_at, manifest.complete)
     names = {path.name for path in folder.glob("*") if SHARD.fullmatch(path.name)}
     wrong = names.symmetric_difference(shard["name"] for shard in manifest.shards)
-    wrong |= {shard["name"] for shard in manifest.shards if shard not in found.shards}
-    if wrong or found != manifest:
-        what = ", ".join(sorted(wrong)) or "documents or token_ids"
-        raise UserError(f"{folder / 'manifest.json'} is not about these shards: {what} differ")
+    for shard in tqdm(manifest.shards, unit="shard", disable=None):
+        if sha256(folder / shard["name"]) != shard["sha256"]:
+            wrong.add(shard["name"])
+    if wrong:
+        raise UserError(f"{folder / 'manifest.json'} is not about these shards: {', '.join(sorted(wrong))} differ")
     if not manifest.complete:
         raise UserError(f"the shards in {folder} are right, but not complete: run the command that began them again")
     return manifest
@@ -558,12 +629,15 @@ def main(argv: list[str] | None = None) -> None:
     add = partial(parser.add_argument, metavar="X")
     switch = partial(parser.add_argument, action="store_true")
     add("--out_dir", help="folder of the shards (default: edu_fineweb10B, demo_data; of others NAME_shards)")
-    add("--dataset", default=FINEWEB_EDU, help="name on the Hub, or a folder (default: %(default)s)")
-    add("--subset", help="folder in the dataset (default: FineWeb's sample/10BT, else all)")
+    add("--dataset", default=FINEWEB_EDU, help="name on the Hub, a folder or a file (default: %(default)s)")
+    add("--subset", help="folder or configuration of the dataset (default: FineWeb's sample/10BT, else all)")
     add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
+    add("--split", help="train on files with this word in their names (default: those that are not named val or test)")
+    add("--val_split", help="validate on files with this word (default: validation, valid, val or dev; else a shard)")
     add("--text_column", default="text", help="field of a row that holds the text (default: %(default)s)")
+    add("--errors", default="strict", choices=["strict", "replace"], help="what to do where text is not UTF-8")
     add("--shard_tokens", type=int, default=10**8, help="tokens in a shard (default: 100 million)")
-    add("--max_tokens", type=int, help="stop after so many tokens (default: take all)")
+    add("--max_tokens", type=int, help="stop after so many, files for validation aside (default: take all)")
     add("--workers", type=int, default=cores, help="threads that tokenize (default: %(default)s)")
     switch("--keep_downloads", help="keep the downloads, in the Hub's own cache")
     switch("--demo", help="write the demo corpus, which needs no network")
@@ -573,8 +647,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--shard_tokens, --workers and --max_tokens must be above 0")
     subset = args.subset
     if subset is None:
-        subset = "sample/10BT" if args.dataset.startswith("HuggingFaceFW/fineweb") else ""
-    default = "edu_fineweb10B" if args.dataset == FINEWEB_EDU else f"{Path(args.dataset).resolve().name}_shards"
+        subset = "sample/10BT" if args.dataset in (FINEWEB_EDU, "HuggingFaceFW/fineweb") else ""
+    dataset = os.path.normpath(os.path.expanduser(args.dataset)) if is_local(args.dataset) else args.dataset
+    default = "edu_fineweb10B" if dataset == FINEWEB_EDU else f"{name_of(dataset)}_shards"
     folder = Path(args.out_dir or (DEMO_DIR if args.demo else default))
     if args.verify:
         manifest = verify(folder)
@@ -582,9 +657,10 @@ def main(argv: list[str] | None = None) -> None:
         write_demo(folder)
         manifest = Manifest.load(folder)
     else:
-        dataset = os.path.normpath(args.dataset) if os.path.isdir(args.dataset) else args.dataset
-        wanted = Manifest(dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens)
-        wanted.text_column = args.text_column
+        wanted = Manifest(
+            dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens, args.text_column,
+            args.errors, args.split, args.val_split,
+        )  # fmt: skip
         manifest = build(folder, wanted, args.workers, args.keep_downloads)
     shards = f"{len(manifest.shards)} shards (a short last one is normal)"
     print(f"{folder}: {shards}, {manifest.tokens:,} tokens, {manifest.documents:,} documents", file=sys.stderr)

@@ -1,7 +1,9 @@
 """Files and folders that appear whole or not at all, and results computed ahead of their use."""
 
+import csv
 import errno
 import fcntl
+import lzma
 import os
 import shutil
 import zlib
@@ -14,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 # What reading a damaged or foreign file may raise, in any of the formats.
-DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, RecursionError, zlib.error)
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, RecursionError, zlib.error,
+          lzma.LZMAError, csv.Error)  # fmt: skip
 
 
 @contextmanager

@@ -4,9 +4,10 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ N_VOCAB = 50257  # byte-pair ranks 0..50255, then <|endoftext|>
 # it goes to the fast path of the regular expressions, and encoding is 1.5 times as fast (benchmarks/tokenize.py).
 PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s means there
-LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")  # no token reaches across this place
+# No token reaches across the place before the last space of several, nor across that before the first.
+LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
+FIRST_SPACE = re.compile(f"(?<=[^{SPACE}])(?=[{SPACE}])")
 
 
 @cache
@@ -48,32 +51,57 @@ def encode_document(text: str) -> np.ndarray:
     return np.concatenate([[END_OF_TEXT], *parts], dtype=np.uint16, casting="unsafe")
 
 
+def cut(text: str, length: int) -> Iterator[str]:
+    """A text in pieces of at least so many characters, but for the last, that have the same tokens."""
+    start = 0
+    while start + length < len(text):
+        space = FIRST_SPACE.search(text, start + length)
+        end = space.start() if space else len(text)
+        yield text[start:end]
+        start = end
+    if start < len(text) or not text:
+        yield text[start:]
+
+
 def find_shards(data_dir: str, split: str) -> list[Path]:
     """The shards of "train", "val" or "train|val", in order; UserError if there are none."""
-    names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
-    paths = [Path(data_dir, name) for name in sorted(names) if re.search(rf"_({split})_\d+\.(npy|bin)$", name)]
+    names = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+    # With a number or, as some of llm.c's, without one; nanoGPT's are train.bin and val.bin.
+    name_of = re.compile(rf"([^.].*_)?({split})(_\d+)?\.(npy|bin)")
+    paths = [Path(data_dir, name) for name in names if name_of.fullmatch(name)]
     if not paths:
         fix = "run `python fineweb.py` first, or try `python train_gpt2.py --demo`"
+        if names:
+            fix += "; shards of your own are called NAME_train_000001.npy or .bin"
+        if split == "val":
+            fix = "call a shard NAME_val_000000.npy or .bin, or train without validation (--eval_every 0)"
         raise UserError(f"no {split.replace('|', ' or ')} shards in {data_dir}: {fix}")
+    for path, other in pairwise(paths):
+        if path.stem == other.stem:
+            raise UserError(f"{path} is there as .npy, too: remove one of them")
     return paths
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """A .npy shard, or a .bin shard of llm.c, as a 1-D uint16 memory map, or UserError."""
+    """A .npy shard, or a .bin shard of llm.c or nanoGPT, as a 1-D uint16 memory map, or UserError."""
     try:
+        size = path.stat().st_size
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             # llm.c dev/data/data_common.py: 256 int32, of which magic, version, number of tokens; then the tokens.
-            header = np.fromfile(path, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+            header = np.fromfile(path, dtype="<i4", count=256).tolist()
+            offset, length = 1024, header[2] if header[:2] == [20240520, 1] and len(header) == 256 else None
+            if length is None and path.name in ("train.bin", "val.bin"):  # nanoGPT's, which are tokens alone
+                offset, length = 0, size // 2
+            if length is None:
                 raise ValueError("no header of a version 1 token file")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(length,))
         if not isinstance(tokens, np.memmap) or tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError("it is not a row of uint16")
-        size = path.stat().st_size
+            line = f"np.save('{path}', np.load('{path}').astype('uint16').ravel())"
+            raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype}, not 1-D uint16, to which this converts it: {line}")
         if size != tokens.offset + tokens.nbytes:
-            raise ValueError(f"its header promises {len(tokens)} tokens, its size is {size} bytes")
+            raise ValueError(f"it should hold {len(tokens)} tokens of two bytes, and has {size} bytes")
     except Exception as error:  # NumPy's parser of headers has those of Python's own
         raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
     return tokens
@@ -83,25 +111,21 @@ class Shard:
     """A shard to read from for days, one of any number: it is open only while it is read."""
 
     def __init__(self, path: Path, token_ids: Iterable[int]):
-        self.path, tokens = path, open_shard(path)
-        self.length, self.offset, self.state = len(tokens), tokens.offset, self.identity()
+        self.path, tokens, found = path, open_shard(path), path.stat()
+        self.length, self.offset, self.state = len(tokens), tokens.offset, (found.st_size, found.st_mtime_ns)
         self.known = np.zeros(2**16, dtype=bool)
         self.known[list(token_ids)] = True
 
     def __len__(self) -> int:
         return self.length
 
-    def identity(self) -> tuple:
-        """What tells the file from another, and from itself once it is written to."""
-        found = self.path.stat()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens from `start` on, (count,) uint16; UserError if the file was changed, or they are others."""
-        tokens = None
+        state = tokens = None
         with suppress(FileNotFoundError):
             tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=self.offset + 2 * start)
-        if tokens is None or self.identity() != self.state:
+            state = self.path.stat().st_size, self.path.stat().st_mtime_ns
+        if state != self.state:
             fix = "put it back as it was, and the same command resumes from the newest checkpoint"
             raise UserError(f"{self.path} was removed, replaced or changed during training: {fix}")
         unknown = tokens[~self.known[tokens]]

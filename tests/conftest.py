@@ -312,13 +312,13 @@ class Hub(ThreadingHTTPServer):
     """Serves datasets, {"owner/name": {"path": bytes}}, and files of models as the Hugging Face Hub does.
 
     `fault` is called with each request to a file, and may answer it by itself, in which case it returns True;
-    `before_listing` before the list of files is given.
+    `before_answer` likewise with each other request; `before_listing` is called before the list of files is given.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.datasets: dict[str, dict[str, bytes]] = {}
-        self.fault = lambda request, path: False
+        self.fault = self.before_answer = lambda request, path: False
         self.before_listing = lambda: None
         self.asked = Counter()
 
@@ -350,6 +350,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(self.path.partition("?")[0])
         self.server.asked[self.command, path] += 1
+        if path.startswith("/api/") and self.server.before_answer(self, path):
+            return
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/(\w+)/?(.*)", path):
             dataset, what, revision, folder = match.groups()
             files = self.server.datasets.get(dataset)
@@ -361,6 +363,9 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.server.before_listing()
                 found = [name for name in files if name.startswith(f"{folder}/" if folder else "")]
+                if folder and not found:
+                    self.answer(b"{}", 404, X_Error_Code="EntryNotFound")
+                    return
                 entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in found]
                 entries += [{"type": "directory", "path": "sample", "oid": "0"}]
                 self.answer(json.dumps(entries).encode())

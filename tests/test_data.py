@@ -3,6 +3,7 @@
 import collections
 import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,70 @@ def test_bin_shards_of_llm_c_read_like_npy_shards(tmp_path):
     binary = write_shards(tmp_path / "bin", [130, 97], suffix="bin")
     for a, b in zip(sequences(npy, "train").read(range(14)), sequences(binary, "train").read(range(14)), strict=True):
         assert torch.equal(a, b)
+
+
+def bin_shard(path: Path, tokens: np.ndarray, header: bool) -> None:
+    """A .bin shard as llm.c writes it; without its header, nanoGPT's."""
+    start = np.zeros(256, dtype=np.int32)
+    start[:3] = 20240520, 1, len(tokens)
+    path.write_bytes((start.tobytes() if header else b"") + tokens.astype(np.uint16).tobytes())
+
+
+@pytest.mark.parametrize(("prefix", "header"), [("tiny_shakespeare_", True), ("TinyStories_", True), ("", False)])
+def test_shards_of_llm_c_without_a_number_and_nanogpts_are_read(tmp_path, prefix, header):
+    tokens = {split: np.random.default_rng(i).integers(0, 96, 300) for i, split in enumerate(("train", "val"))}
+    for split, values in tokens.items():
+        bin_shard(tmp_path / f"{prefix}{split}.bin", values, header)
+    for split, values in tokens.items():
+        data = sequences(tmp_path, split)
+        assert len(data.paths) == 1
+        assert data.read(range(18))[0].flatten().tolist() == values[:288].tolist()
+    # Elsewhere, what has no header is no shard; nor is an odd number of bytes.
+    bin_shard(tmp_path / "other_train_000001.bin", tokens["train"], header=False)
+    with pytest.raises(UserError, match=r"other_train_000001\.bin: no header"):
+        sequences(tmp_path, "train")
+    (tmp_path / "other_train_000001.bin").unlink()
+    path = tmp_path / f"{prefix}train.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        sequences(tmp_path, "train")
+
+
+def test_nanogpts_ids_are_checked_as_all_are(tmp_path):
+    bin_shard(tmp_path / "train.bin", np.array([5] * 40 + [50300] * 9), header=False)
+    with pytest.raises(UserError, match=r"train\.bin holds token 50300"):
+        sequences(tmp_path, "train").read(range(3))
+
+
+def test_what_is_no_shard_is_passed_over_and_the_same_one_twice_is_refused(tmp_path):
+    folder = write_shards(tmp_path / "data", [100, 100])
+    for name in ("._tiny_train_000000.npy", "tiny_train_000000.npy.tmp", "notes_train.txt", "tiny_test_000001.bin"):
+        (folder / name).write_bytes(b"no shard")
+    assert len(sequences(folder, "train").paths) == 2
+    bin_shard(folder / "tiny_train_000001.bin", np.zeros(100), header=True)
+    with pytest.raises(UserError, match=r"tiny_train_000001\.bin is there as \.npy, too: remove one of them"):
+        sequences(folder, "train")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_a_shard_of_another_type_says_how_to_convert_it(tmp_path, dtype):
+    path = tmp_path / "mine_train_000001.npy"
+    np.save(path, np.arange(90, dtype=dtype).reshape(3, 30))
+    with pytest.raises(UserError, match=rf"it is 2-D {np.dtype(dtype)}, not 1-D uint16.*: np\.save\(") as error:
+        open_shard(path)
+    exec(re.search(r"np\.save\(.*\)", str(error.value))[0], {"np": np})
+    assert open_shard(path).tolist() == list(range(90))
+
+
+def test_without_shards_the_way_out_is_named(tmp_path):
+    write_shards(tmp_path / "data", [100])
+    with pytest.raises(UserError, match="no val shards in .*data: call a shard NAME_val_.*--eval_every 0"):
+        sequences(tmp_path / "data", "val")
+    with pytest.raises(UserError, match="no train shards in .*/no: run `python fineweb.py` first.*--demo`$"):
+        sequences(tmp_path / "no", "train")
+    (tmp_path / "data" / "tiny_train_000000.npy").rename(tmp_path / "data" / "shard0.npy")
+    with pytest.raises(UserError, match="no train shards in .*; shards of your own are called NAME_train_000001.npy"):
+        sequences(tmp_path / "data", "train")
 
 
 def damaged(tmp_path, kind):

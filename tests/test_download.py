@@ -1,9 +1,14 @@
 """fineweb.py against a server on loopback that speaks the Hub's routes, through the real client."""
 
+import gzip
+import json
+import os
 import re
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +23,8 @@ from conftest import COMMIT, Hub, environment, run_script, small_files, start_sc
 
 import fineweb
 from fineweb import Manifest, verify
-from support.cli import UserError, exit_status
-from support.tokens import END_OF_TEXT, encode_document, open_shard
+from support.cli import exit_status
+from support.tokens import END_OF_TEXT, encode_document, find_shards, open_shard, tokenizer
 
 
 def parquet(texts: list, column: str = "text") -> bytes:
@@ -176,13 +181,13 @@ def test_a_run_goes_on_at_the_commit_of_its_start_after_a_file_that_is_damaged_o
     files[name] = good[:-100]
     result = run(edu, tmp_path, script=document_at_a_time(tmp_path))
     assert result.returncode == 1
-    fix = "delete it if it was downloaded and run the same command again"
+    fix = "it is deleted, and the same command downloads it again"
     assert re.match(f"fineweb.py: cannot read .*{path.name}, row 0: .*: {fix}", result.lines[-1])
+    assert not path.exists()
     begun = Manifest.load(folder)
     assert not begun.complete
     assert begun.tokens >= 500
     edu.asked.clear()
-    path.unlink()
     files[name] = good
     # What was new on the main branch since then doesn't count, and nothing is downloaded twice.
     files["sample/10BT/000_0000.parquet"] = parquet(["new"])
@@ -289,9 +294,9 @@ def test_what_cannot_be_had_is_one_line(tmp_path, monkeypatch, capsys, argv, sta
 
 def test_no_network_and_what_cannot_be_had_from_the_hub_are_one_line(edu, tmp_path):
     cases = [
-        (edu, "--dataset nobody/nothing", "the Hub: 404 .*check the network, --dataset, --subset and --revision"),
+        (edu, "--dataset nobody/nothing", "there is no folder nobody/nothing, and no such dataset on the Hub: check"),
         (edu, "--revision v9", "the Hub: 404 .*--revision"),
-        (edu, "--subset sample/1BT", "no .parquet files in HuggingFaceFW/fineweb-edu/sample/1BT: check"),
+        (edu, "--subset sample/1BT", "no folder sample/1BT, nor one of the configurations of .*: none"),
         ("http://127.0.0.1:9", "", "the Hub: .*refused.*: check the network, .* the same command again"),
     ]
     with ThreadPoolExecutor() as pool:  # all at once, as most of the time is spent in waiting
@@ -303,86 +308,178 @@ def test_no_network_and_what_cannot_be_had_from_the_hub_are_one_line(edu, tmp_pa
     assert not (tmp_path / "edu_fineweb10B").exists()
 
 
-# ---------------------------------------------------------------- ready-made shards
-
-
-@pytest.fixture
-def shards(hub, tmp_path) -> Hub:
-    """A Hub with a dataset of .bin shards: one for validation, three to train on, of 300 tokens each."""
-    folder = write_shards(tmp_path / "made", [300], split="val", suffix="bin")
-    write_shards(folder, [300, 300, 200], suffix="bin")
-    files = {path.name.replace("tiny", "fineweb"): path.read_bytes() for path in folder.iterdir()}
-    hub.datasets["owner/fineweb10B-gpt2"] = {**files, "README.md": b"", "other.bin": b""}
-    return hub
-
-
-def test_ready_made_shards_are_taken_as_they_are(shards, tmp_path):
-    result = run(shards, tmp_path, "--dataset", "owner/fineweb10B-gpt2")
-    assert result.returncode == 0, result.stderr
-    folder, files = tmp_path / "fineweb10B-gpt2_shards", shards.datasets["owner/fineweb10B-gpt2"]
-    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3))]
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "manifest.json"])
-    assert all((folder / name).read_bytes() == files[name] for name in names)
-    manifest = verify(folder)
-    assert [shard["name"] for shard in manifest.shards] == names
-    assert [line.partition(":")[0] for line in result.lines[1:-1]] == names
-    assert manifest.tokens == 1100
-    assert manifest.complete
-
-
-@pytest.mark.parametrize(("most", "number"), [(1, 2), (300, 2), (301, 2), (600, 2), (601, 3), (5000, 4)])
-def test_max_tokens_limits_the_ready_made_shards(shards, most, number):
-    files = {name: len(content) for name, content in shards.datasets["owner/fineweb10B-gpt2"].items()}
-    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3))]
-    assert fineweb.ready_made_shards(files, most) == names[:number]
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (lambda good: b"\0" + good[1:], "no header of a version 1 token file"),
-        (lambda good: good[:-2], "mmap length is greater than file size"),
-        (lambda good: good + b"\0\0", "its header promises 300 tokens"),
-        (lambda good: good[:-2] + (50257).to_bytes(2, "little"), "holds token 50257"),
-    ],
-)
-def test_a_ready_made_shard_that_is_damaged_is_refused(shards, tmp_path, bad, message):
-    files, name = shards.datasets["owner/fineweb10B-gpt2"], "fineweb_train_000002.bin"
-    (tmp_path / name).write_bytes(bad(files[name]))
-    manifest = Manifest("owner/fineweb10B-gpt2", "", "main", 100, None, files={name: 0})
-    with pytest.raises(UserError, match=f"{name}.* {message}"):
-        fineweb.take_shards([tmp_path / name], tmp_path / "out", manifest)
-    assert not manifest.shards
-
-
-def test_a_bad_ready_made_shard_is_named_and_the_good_ones_stay(shards, tmp_path):
-    files, name = shards.datasets["owner/fineweb10B-gpt2"], "fineweb_train_000002.bin"
-    good, folder = files[name], tmp_path / "fineweb10B-gpt2_shards"
-    argv = ["--dataset", "owner/fineweb10B-gpt2", "--max_tokens", 601]  # without the last one
-    files[name] = b"\0" + good[1:]
-    result = run(shards, tmp_path, *argv)
-    assert result.returncode == 1
-    assert name in result.lines[-1]
-    found = sorted(path.name for path in folder.glob("*.bin"))
-    assert found == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
-    files[name] = good
-    (folder / ".fineweb_downloads" / name).unlink()
-    assert run(shards, tmp_path, *argv).returncode == 0
-    assert verify(folder).tokens == 900
-    assert not any("000003" in path for _, path in shards.asked)
-
-
-def test_ready_made_shards_of_the_same_name_are_refused(shards, tmp_path):
-    files = shards.datasets["owner/fineweb10B-gpt2"]
-    files["more/fineweb_train_000001.bin"] = files["fineweb_train_000001.bin"]
-    result = run(shards, tmp_path, "--dataset", "owner/fineweb10B-gpt2")
-    assert result.returncode == 1
-    assert "have the same name: choose a folder of it with --subset" in result.lines[-1]
-
-
 def test_a_disk_that_fills_up_during_a_download_is_not_taken_for_the_network(edu, tmp_path):
     limit = small_files(20_000)
     result = run(edu, tmp_path, preexec_fn=limit)
     assert result.returncode == 1
     assert re.match("fineweb.py: .*File too large; complete shards are kept", result.lines[-1])
     assert run(edu, tmp_path).returncode == 0
+
+
+# ---------------------------------------------------------------- splits and configurations
+
+
+def hub_files(*names: str) -> dict[str, bytes]:
+    """Files whose one document is their name."""
+    return {name: parquet([name]) for name in names}
+
+
+README = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/*.parquet
+  - split: dev_set
+    path:
+    - heldout/en-*.parquet
+- config_name: de
+  data_dir: de
+  data_files: "**/*.parquet"
+---
+# A dataset
+"""
+
+
+@pytest.fixture
+def languages(hub) -> Hub:
+    files = hub_files("en/a.parquet", "en/deep/no.parquet", "heldout/en-1.parquet", "heldout/de-1.parquet",
+                      "de/x/a.parquet", "de/b.parquet", "stray.parquet")  # fmt: skip
+    hub.datasets["owner/languages"] = files | {"README.md": README.encode(), ".gitattributes": b"x"}
+    return hub
+
+
+def texts(folder: Path, split: str) -> list[str]:
+    """The documents in a folder's shards of a split."""
+    found = np.concatenate([open_shard(path) for path in sorted(folder.glob(f"*_{split}_*"))])
+    return tokenizer().decode(found.tolist()).split("<|endoftext|>")[1:]
+
+
+def test_splits_on_the_hub_are_used_as_such(hub, tmp_path):
+    names = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
+             "data/validation-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")  # fmt: skip
+    hub.datasets["owner/name"] = hub_files(*names) | {"README.md": b"no configurations"}
+    result = run(hub, tmp_path, "--dataset", "owner/name")
+    assert result.returncode == 0, result.stderr
+    assert texts(tmp_path / "name_shards", "val") == [names[2]]
+    assert texts(tmp_path / "name_shards", "train") == [*names[:2]]
+    assert result.lines[0].endswith(f"; for validation: {names[2]}; left out: README.md, {names[3]}")
+    assert not any("test-" in path for _, path in hub.asked)
+
+
+def test_a_configuration_is_chosen_by_its_name(languages, tmp_path):
+    result = run(languages, tmp_path, "--dataset", "owner/languages")
+    assert result.returncode == 1
+    line = "fineweb.py: choose by --subset one of the configurations of owner/languages: en, de"
+    assert result.lines == [line]
+    assert not list(tmp_path.glob("*_shards"))
+    assert run(languages, tmp_path, "--dataset", "owner/languages", "--subset", "en").returncode == 0
+    assert texts(tmp_path / "languages_shards", "val") == ["heldout/en-1.parquet"]
+    assert texts(tmp_path / "languages_shards", "train") == ["en/a.parquet"]
+    argv = ["--dataset", "owner/languages", "--out_dir", "de", "--subset"]
+    assert run(languages, tmp_path, *argv, "fr").lines[-1] == (
+        "fineweb.py: no folder fr, nor one of the configurations of owner/languages: en, de"
+    )
+    assert run(languages, tmp_path, *argv, "de").returncode == 0
+    both = [encode_document(name) for name in ("de/b.parquet", "de/x/a.parquet")]
+    assert np.array_equal(tokens(tmp_path / "de"), np.concatenate(both))
+    assert run(languages, tmp_path, *argv[:2], "--out_dir", "folder", "--subset", "en/deep/").returncode == 0
+
+
+def test_the_configuration_of_a_sample_of_fineweb_works_too(edu, tmp_path):
+    readme = b"---\nconfigs:\n- config_name: default\n  data_files: data/*/*\n" \
+        b"- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"  # fmt: skip
+    edu.datasets["HuggingFaceFW/fineweb-edu"]["README.md"] = readme
+    assert run(edu, tmp_path, "--subset", "sample-10BT").returncode == 0
+    assert np.array_equal(tokens(tmp_path / "edu_fineweb10B"), STREAM)
+    edu.asked.clear()
+    assert run(edu, tmp_path, "--out_dir", "folder").returncode == 0
+    assert not any("README" in path for _, path in edu.asked)
+    for path in (tmp_path / "folder").glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "edu_fineweb10B" / path.name).read_bytes()
+
+
+def test_other_formats_come_from_the_hub_as_well(hub, tmp_path):
+    compressed = gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')
+    hub.datasets["owner/name"] = {"a/b.jsonl.gz": compressed, "val.jsonl.gz": compressed, "c.txt": b"left out"}
+    assert run(hub, tmp_path, "--dataset", "owner/name").returncode == 0
+    assert texts(tmp_path / "name_shards", "val") == texts(tmp_path / "name_shards", "train") == ["one", "two"]
+
+
+def test_a_repository_without_a_format_that_is_read_says_where_there_is_one(hub, tmp_path):
+    hub.datasets["owner/name"] = {"script.py": b"", "README.md": b""}
+    result = run(hub, tmp_path, "--dataset", "owner/name")
+    assert result.returncode == 1
+    assert "--revision refs/convert/parquet" in result.lines[-1]
+    hub.datasets["owner/name"] = {"x_train_000001.bin": b"", "README.md": b""}
+    result = run(hub, tmp_path, "--dataset", "owner/name")
+    assert "these are shards: hf download owner/name --repo-type dataset --local-dir DIR" in result.lines[-1]
+
+
+def test_ready_made_shards_are_fetched_by_the_hubs_own_command(hub, tmp_path):
+    folder = write_shards(tmp_path / "made", [300], split="val", suffix="bin")
+    write_shards(folder, [300, 200], suffix="bin")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.datasets["owner/shards"] = files
+    command = ["download", "owner/shards", "--repo-type", "dataset", "--local-dir", tmp_path / "edu_bin"]
+    program = Path(sys.executable).with_name("hf")
+    subprocess.run([program, *command], env=os.environ | environment(hub, tmp_path), check=True, timeout=120)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "edu_bin").glob("*.bin")} == files
+    assert len(find_shards(str(tmp_path / "edu_bin"), "train")) == 2
+
+
+@pytest.mark.parametrize("at", ["listing", "file"])
+def test_a_gated_dataset_says_where_to_ask_and_leaves_nothing(hub, tmp_path, at):
+    hub.datasets["owner/gated"] = hub_files("a.parquet")
+
+    def refuse(request, path):
+        if path == "a.parquet" or at == "listing":
+            request.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="x" * 400)
+            return True
+        return False
+
+    hub.fault = refuse
+    if at == "listing":
+        hub.before_answer = refuse
+    result = run(hub, tmp_path, "--dataset", "owner/gated", "--out_dir", "out")
+    assert result.returncode == 1
+    page = f"{hub.address}/datasets/owner/gated"
+    assert result.lines[-1] == (
+        f"fineweb.py: owner/gated is gated: ask for access at {page}, then run `hf auth login`, or set HF_TOKEN"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("dataset", "status"), [("nobody/nothing", 404), ("owner/private", 401), ("owner/no", 403)])
+def test_what_the_hub_refuses_is_not_asked_again(hub, tmp_path, dataset, status):
+    def refuse(request, path):
+        request.answer(b"{}", status, **({"X_Error_Code": "RepoNotFound"} if status != 403 else {}))
+        return True
+
+    hub.before_answer = refuse
+    result = run(hub, tmp_path, "--dataset", dataset)
+    assert result.returncode == 1
+    assert sum(hub.asked.values()) == 1
+    (line,) = result.lines
+    wanted = "the Hub: .*403" if status == 403 else f"there is no folder {dataset}, and no such dataset on the Hub: "
+    assert re.match(f"fineweb.py: {wanted}", line)
+
+
+def test_killed_at_any_time_a_run_with_splits_and_compressed_files_goes_on_to_the_same_bytes(hub, tmp_path):
+    rows = [[json.dumps({"text": f"{name} {i} " * 20}) + "\n" for i in range(40)] for name in "abcd"]
+    packed = [gzip.compress("".join(lines).encode()) for lines in rows]
+    names = ["train/a.jsonl.gz", "val/a.jsonl.gz", "train/b.jsonl.gz", "val/b.jsonl.gz"]
+    hub.datasets["owner/name"] = dict(zip(names, packed, strict=True)) | {"README.md": b""}
+    script, argv = document_at_a_time(tmp_path), ["--dataset", "owner/name", "--out_dir"]
+    assert run(hub, tmp_path, *argv, "unbroken", script=script).returncode == 0
+    unbroken = {path.name: path.read_bytes() for path in (tmp_path / "unbroken").iterdir()}
+    assert len(unbroken) > 8
+    for n in (1, 2, 4):
+        command = [script, "--shard_tokens", 500, "--workers", 1, *argv, n]
+        process = start_script(command, env=environment(hub, tmp_path), cwd=tmp_path)
+        out = tmp_path / str(n)
+        wait_for(lambda: len(list(out.glob("*.npy"))) >= n, process)  # noqa: B023
+        process.kill()
+        process.communicate(timeout=60)
+        assert run(hub, tmp_path, *argv, n, script=script).returncode == 0
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == unbroken

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import fineweb
 import hellaswag
-from fineweb import Manifest, find_token_ids
+from fineweb import find_token_ids
 from support.cli import UserError, exit_status
 from support.log import read_log
 from support.tokens import find_shards, tokenizer
@@ -109,24 +109,7 @@ def test_unseen_tokens_are_counted_over_all_shards(shards):
     assert find_token_ids(str(shards), 96) == occurring(shards)
 
 
-def test_unseen_tokens_come_from_the_manifest_if_it_is_about_these_shards(shards):
-    paths = sorted(shards.iterdir())
-    manifest = Manifest("x", "", "", 1, None)
-    for path in paths:
-        manifest.add(path, [0, 0, 0], True)
-    manifest.token_ids.append(50000)  # so that one can tell
-    manifest.save(shards)
-    assert find_token_ids(str(shards), 50257) == manifest.token_ids
-    np.save(paths[1], np.append(np.load(paths[1]), np.uint16(3000)))
-    assert find_token_ids(str(shards), 50257) == occurring(shards)
-    manifest.save(shards)
-    write_shards(shards, [50])
-    assert find_token_ids(str(shards), 50257) == occurring(shards)
-    (shards / "manifest.json").write_text("{")
-    assert find_token_ids(str(shards), 50257) == occurring(shards)
-
-
-def test_the_demo_masks_and_its_manifest_knows_what_occurs(tmp_path):
+def test_the_demo_masks_what_does_not_occur(tmp_path):
     fineweb.write_demo(tmp_path / "data")
     flags = ["--demo", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "log", "--max_steps", 1,
              "--warmup_steps", 0, "--eval_every", 0, "--sample_every", 0, "--device", "cpu"]  # fmt: skip
