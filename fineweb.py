@@ -7,10 +7,7 @@
 
 A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then
 PREFIX_train_000001.npy and so on. Documents follow each other, each opened by <|endoftext|>, across
-shards. A document is the field "text" of a row (or --text_column); a .txt file is one, or several
-between lines that are just <|endoftext|>. Files that are named after a split (train, validation,
-test) are used as such. manifest.json says what the shards were made from. The same command resumes
-after the last shard.
+shards. manifest.json says what they were made from. The same command resumes after the last shard.
 """
 
 import ast
@@ -29,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -43,7 +40,7 @@ from tqdm import tqdm
 
 from support.cli import Parser, UserError, one_line, run_script
 from support.files import DAMAGE, prefetch, whole_file, whole_folder
-from support.readers import FORMATS, READERS, TABLES, FieldError, find_reader, missing, read_pieces, read_rows
+from support.readers import FORMATS, READERS, TABLES, FieldError, check_fields, find_reader, read_pieces, read_rows
 from support.tokens import END_OF_TEXT, RANKS_SHA256, cut, encode_document, find_shards, open_shard, tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -82,17 +79,6 @@ def encode_batch(batch: Batch) -> Batch:
             return batch._replace(content=tokens.astype(np.uint16))
     tokens = np.concatenate([encode_document(text) for text in batch.content])
     return batch._replace(content=tokens if batch.begins else tokens[1:])
-
-
-def encode_batches(batches: Iterable[Batch], workers: int) -> Iterator[Batch]:
-    """encode_batch() of each batch, in order, by threads."""
-    tokenizer()  # made once, not by each of them
-    pool = ThreadPoolExecutor(workers)
-    try:
-        # Enough in advance to keep them busy while a shard is written.
-        yield from prefetch(encode_batch, batches, 2 * workers + 30, pool)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------- shards and their manifest
@@ -214,7 +200,10 @@ def write_shards(
     place, before = None, 0  # where a document begins, and how many of its tokens came in batches before
     quiet = None if manifest.files else True  # None is tqdm's way to say: unless it is a terminal
     bar = tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=quiet, dynamic_ncols=True)
-    with bar, closing(encode_batches(batches, workers)) as encoded:
+    tokenizer()  # made once, not by each of the threads
+    # Enough in advance to keep them busy while a shard is written.
+    encoded = prefetch(encode_batch, batches, 2 * workers + 30, ThreadPoolExecutor(workers))
+    with bar:
         for batch in encoded:
             tokens = batch.content
             if batch.place != place:
@@ -260,8 +249,8 @@ def read_texts(paths: Iterable[Path], manifest: Manifest) -> Iterator[tuple[Plac
         row = first
         try:
             for record, fraction in islice(read_rows(path, (column,), manifest.errors), first, None):
-                if isinstance(record, dict) and column not in record:
-                    raise missing(column, record)
+                if isinstance(record, dict):
+                    check_fields((column,), record)
                 text = None if record is None else record[column]
                 if not isinstance(text, str | None):
                     raise FieldError(f"{column} is {type(text).__name__}, not a string")
@@ -452,20 +441,15 @@ def read_configs(dataset: str, commit: str) -> dict[str, list[tuple[str, str]]]:
 
 def fetch_files(manifest: Manifest, downloads: Path, keep: bool, end: int | None = None) -> Iterator[Path]:
     """The files from manifest.resume_at to `end`, the Hub's one ahead, deleted after use unless kept."""
-    names = [*manifest.files]
-    done, left = names[: manifest.resume_at[0]], names[manifest.resume_at[0] : end]
+    left = [*manifest.files][manifest.resume_at[0] : end]
     if manifest.commit is None:
         yield from map(manifest.path, left)
         return
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
-    if downloads.is_symlink():
-        raise UserError(f"{downloads} is a link, which may lead anywhere: remove it")
     disable_progress_bars()
     warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error soon enough
-    for path in (*downloads.rglob("*.incomplete"), *(downloads / name for name in done)):  # a killed run's
-        path.unlink(missing_ok=True)
     folder = None if keep else downloads  # None is the Hub's own cache
     download = partial(hf_hub_download, repo_type="dataset", revision=manifest.commit, local_dir=folder)
     for path in map(Path, prefetch(partial(ask_hub, download, manifest.dataset), left, ahead=1)):

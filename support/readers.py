@@ -25,17 +25,18 @@ class FieldError(ValueError):
     """Rows lack the field that is asked for, or it holds no text."""
 
 
-def missing(name: str, found: Iterable[str]) -> FieldError:
-    return FieldError(f"no field named {name}, only {', '.join(map(str, found)) or 'none'}")
+def check_fields(columns: Iterable[str], found: Iterable[str]) -> None:
+    """Raise FieldError, which names those that are there, if one of these columns is not."""
+    for name in columns:
+        if name not in found:
+            raise FieldError(f"no field named {name}, only {', '.join(map(str, found)) or 'none'}")
 
 
 def read_parquet(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-        for name in columns:
-            if name not in file.schema_arrow.names:
-                raise missing(name, file.schema_arrow.names)
+        check_fields(columns, file.schema_arrow.names)
         row = 0
         for batch in file.iter_batches(64, columns=columns):
             for record in batch.to_pylist():
@@ -44,16 +45,14 @@ def read_parquet(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
 
 
 def read_arrow(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
-    """Arrow IPC: a file, as polars and Feather have it, or a stream, as `datasets` saves it."""
+    """Arrow IPC: a file, as polars writes it, or a stream, as `datasets` does."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        for name in columns:
-            if name not in reader.schema.names:
-                raise missing(name, reader.schema.names)
+        check_fields(columns, reader.schema.names)
         n = reader.num_record_batches if is_file else 0
         for number, batch in enumerate(map(reader.get_batch, range(n)) if is_file else reader, 1):
             fraction = number / n if is_file else source.tell() / source.size()
@@ -150,9 +149,7 @@ def read_csv(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
 
     rows = csv.reader(lines(), delimiter="\t" if ".tsv" in path.name.lower() else ",", strict=True)
     names = next(rows, [])
-    for name in columns:
-        if name not in names:
-            raise missing(name, names)
+    check_fields(columns, names)
     for row in rows:
         if row and len(row) != len(names):
             raise ValueError(f"it has {len(row)} fields, the first line {len(names)}")
