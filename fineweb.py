@@ -21,12 +21,10 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -40,6 +38,7 @@ from tqdm import tqdm
 
 from support.cli import Parser, UserError, one_line, run_script
 from support.files import DAMAGE, prefetch, whole_file, whole_folder
+from support.hub import ask_hub, read_configs
 from support.readers import FORMATS, READERS, TABLES, FieldError, check_fields, find_reader, read_pieces, read_rows
 from support.tokens import END_OF_TEXT, RANKS_SHA256, cut, encode_document, find_shards, open_shard, tokenizer
 
@@ -154,11 +153,6 @@ class Manifest:
     def tokens(self) -> int:
         return sum(shard["tokens"] for shard in self.shards)
 
-    def path(self, name: str) -> Path:
-        """Where a file of a folder lies; the dataset may also be one file."""
-        place = Path(self.dataset, self.subset)
-        return place if place.is_file() else place / name
-
 
 def write_shard(tokens: np.ndarray, folder: Path, manifest: Manifest, resume_at: list, complete: bool = False) -> None:
     """Write the next shard, then the manifest; killed between the two, the shard is written again."""
@@ -183,9 +177,8 @@ def find_token_ids(data_dir: str, n_vocab: int) -> list[int]:
         for start in range(0, len(tokens), 2**20):  # in pieces, for the memory
             seen[tokens[start : start + 2**20]] = True
     token_ids = np.flatnonzero(seen).tolist()
-    if not token_ids or token_ids[-1] >= n_vocab:
-        what = f"token {token_ids[-1]}, the model knows {n_vocab}" if token_ids else "no tokens"
-        raise UserError(f"{data_dir} holds {what}: replace the shards")
+    if token_ids and token_ids[-1] >= n_vocab:
+        raise UserError(f"{data_dir} holds token {token_ids[-1]}, the model knows {n_vocab}: replace the shards")
     return token_ids
 
 
@@ -203,7 +196,7 @@ def write_shards(
     tokenizer()  # made once, not by each of the threads
     # Enough in advance to keep them busy while a shard is written.
     encoded = prefetch(encode_batch, batches, 2 * workers + 30, ThreadPoolExecutor(workers))
-    with bar:
+    with bar, closing(encoded):
         for batch in encoded:
             tokens = batch.content
             if batch.place != place:
@@ -317,7 +310,7 @@ def find_source(manifest: Manifest) -> None:
     place, fix = Path(manifest.dataset, manifest.subset), "check --dataset and --subset"
     local = is_local(manifest.dataset)
     if local and place.exists():
-        sizes, labels = list_folder(place), {place.name: ""}  # one file is to train on, whatever its name
+        sizes, labels = list_folder(place), {}
     elif not local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
         sizes, labels = list_hub(manifest)
         fix += ", or take --revision refs/convert/parquet, which the Hub makes of most datasets"
@@ -325,7 +318,7 @@ def find_source(manifest: Manifest) -> None:
             fix = f"these are shards: hf download {manifest.dataset} --repo-type dataset --local-dir DIR"
     else:
         raise UserError(f"there is no folder {place} (on the Hub, a dataset would be OWNER/NAME)")
-    readers = {name: find_reader(name) for name in sizes}
+    readers = {name: find_reader(str(place / name)) for name in sizes}
     kinds = [reader for reader in READERS.values() if reader in readers.values()]
     if not kinds:
         raise UserError(f"no {FORMATS} files in {place}: {fix}")
@@ -341,7 +334,7 @@ def find_source(manifest: Manifest) -> None:
     manifest.val_files = len(files["val"])
     manifest.left_out = sorted(sizes.keys() - manifest.files.keys())
     if local:
-        manifest.modified = max(manifest.path(name).stat().st_mtime_ns for name in manifest.files)
+        manifest.modified = max((place / name).stat().st_mtime_ns for name in manifest.files)
 
 
 def some(names: list[str]) -> str:
@@ -352,38 +345,10 @@ def some(names: list[str]) -> str:
 def list_folder(root: Path) -> dict[str, int]:
     """A file, or those in a folder and below it, by their paths, and their bytes."""
     if root.is_file():
-        return {root.name: root.stat().st_size}
+        return {".": root.stat().st_size}
     found = glob("**", root_dir=root, recursive=True)  # none that begins with a dot
     paths = [root / name for name in found if not re.search("(^|/)(_|manifest.json$)", name)]
     return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths if path.is_file()}
-
-
-# ---------------------------------------------------------------- the Hub
-
-
-def ask_hub(function: Callable, dataset: str, *args, tries: int = 3, fix: str = "", **kwargs):
-    """function(dataset, ...) of huggingface_hub, tried so many times; UserError, which ends in `fix`."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    for left in reversed(range(tries)):
-        try:
-            return function(dataset, *args, **kwargs)
-        except GatedRepoError:
-            page = f"{constants.ENDPOINT}/datasets/{dataset}"
-            fix = f"ask for access at {page}, then run `hf auth login`, or set HF_TOKEN"
-            raise UserError(f"{dataset} is gated: {fix}") from None
-        except RepositoryNotFoundError:
-            fix = "check the name; if it is private, run `hf auth login`, or set HF_TOKEN"
-            raise UserError(f"there is no folder {dataset}, and no such dataset on the Hub: {fix}") from None
-        except Exception as error:  # the client's, the network library's and hf_xet's own
-            if isinstance(error, OSError) and error.errno:  # of the disk
-                raise
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if not left or status in (401, 403, 404):
-                fix = fix or f"check the network, --dataset, --subset and --revision; {AGAIN}"
-                raise UserError(f"the Hub: {one_line(error)}: {fix}") from None
-            time.sleep(1)
 
 
 def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
@@ -421,29 +386,11 @@ def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
     return sizes, {path: path.removeprefix(f"{name}/") for path in sizes}
 
 
-def read_configs(dataset: str, commit: str) -> dict[str, list[tuple[str, str]]]:
-    """The configurations in a dataset's README.md: splits ("" if it names none) and patterns of paths."""
-    from huggingface_hub import hf_hub_download, metadata_load
-    from huggingface_hub.errors import EntryNotFoundError
-
-    configs: dict[str, list[tuple[str, str]]] = {}
-    with tempfile.TemporaryDirectory() as folder, suppress(EntryNotFoundError):
-        path = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=commit, local_dir=folder)
-        for entry in (metadata_load(path) or {}).get("configs", []):
-            files = entry.get("data_files", "**")
-            for file in files if isinstance(files, list) else [files]:
-                split, paths = (file["split"], file["path"]) if isinstance(file, dict) else ("", file)
-                for path in paths if isinstance(paths, list) else [paths]:
-                    pattern = os.path.normpath(Path(entry.get("data_dir", ""), path)).replace("**/", "**")
-                    configs.setdefault(entry["config_name"], []).append((split, pattern))
-    return configs
-
-
 def fetch_files(manifest: Manifest, downloads: Path, keep: bool, end: int | None = None) -> Iterator[Path]:
     """The files from manifest.resume_at to `end`, the Hub's one ahead, deleted after use unless kept."""
     left = [*manifest.files][manifest.resume_at[0] : end]
     if manifest.commit is None:
-        yield from map(manifest.path, left)
+        yield from (Path(manifest.dataset, manifest.subset, name) for name in left)
         return
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
@@ -515,7 +462,8 @@ def make_shards(folder: Path, manifest: Manifest, workers: int, keep_downloads: 
 def check_text(manifest: Manifest) -> None:
     """Read the files of text in a folder; UserError that names all that are not UTF-8."""
     faults = []
-    for path in tqdm(map(manifest.path, manifest.files), desc="is it text", unit="file", leave=False, disable=None):
+    for name in tqdm(manifest.files, desc="is it text", unit="file", leave=False, disable=None):
+        path = Path(manifest.dataset, manifest.subset, name)
         try:
             for _ in read_pieces(path, "strict") if find_reader(path.name) not in TABLES else ():
                 pass
@@ -569,8 +517,7 @@ def verify(folder: Path) -> Manifest:
             wrong.add(shard["name"])
     if wrong:
         raise UserError(f"{folder / 'manifest.json'} is not about these shards: {', '.join(sorted(wrong))} differ")
-    if not manifest.complete:
-        raise UserError(f"the shards in {folder} are right, but not complete: run the command that began them again")
+    check_folder(folder)
     return manifest
 
 
@@ -641,10 +588,8 @@ def main(argv: list[str] | None = None) -> None:
         write_demo(folder)
         manifest = Manifest.load(folder)
     else:
-        wanted = Manifest(
-            dataset, subset.strip("/"), args.revision, args.shard_tokens, args.max_tokens, args.text_column,
-            args.errors, args.split, args.val_split,
-        )  # fmt: skip
+        flags = vars(args) | {"dataset": dataset, "subset": subset.strip("/"), "tokenizer": RANKS_SHA256}
+        wanted = Manifest(**{name: flags[name] for name in SETTINGS})
         manifest = build(folder, wanted, args.workers, args.keep_downloads)
     shards = f"{len(manifest.shards)} shards (a short last one is normal)"
     print(f"{folder}: {shards}, {manifest.tokens:,} tokens, {manifest.documents:,} documents", file=sys.stderr)

@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import fineweb
 from support.cli import Parser, UserError, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
+from support.hub import ask_hub
+from support.readers import read_rows
 from support.tokens import END_OF_TEXT, encode_document
 from support.world import World, attention_of_any_length, join_world
 
@@ -64,7 +65,7 @@ def fetch() -> Path:
     logging.set_verbosity_error()  # its retries are not worth a line each
     download = partial(hf_hub_download, filename=FILE, repo_type="dataset", revision=REVISION)
     fix = "check the network, or name a local file (--data here, --hellaswag_data in training)"
-    return Path(fineweb.ask_hub(download, DATASET, tries=1, fix=fix))
+    return Path(ask_hub(download, DATASET, tries=1, fix=fix))
 
 
 def check(record: dict, style: str) -> None:
@@ -103,7 +104,7 @@ def read_examples(source: str, style: str, limit: int | None = None) -> list[Exa
     if path.suffix not in (".parquet", ".jsonl") or not path.is_file():
         raise UserError(f"{path} is no .parquet or .jsonl file")
     try:
-        for record, _ in islice(fineweb.read_rows(path, FIELDS[style]), limit):
+        for record, _ in islice(read_rows(path, FIELDS[style]), limit):
             if record is not None:  # as an empty line is
                 check(record, style)
                 examples.append(make_example(row, record, style))

@@ -64,8 +64,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def prefetch(function: Callable, arguments: Iterable, ahead: int = 3, pool: Executor | None = None) -> Iterator:
     """Yield function(a) for each argument in turn, while threads compute the next few."""
     pool, arguments = pool or ThreadPoolExecutor(ahead), iter(arguments)
-    pending = deque(pool.submit(function, a) for a in islice(arguments, ahead))
-    while pending:
-        result = pending.popleft().result()
-        pending.extend(pool.submit(function, a) for a in islice(arguments, 1))
-        yield result
+    try:
+        pending = deque(pool.submit(function, a) for a in islice(arguments, ahead))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, a) for a in islice(arguments, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -552,7 +552,7 @@ def test_verify_finds_each_kind_of_damage(made):
         (shard, lambda b: b[:-2] + bytes([b[-2] ^ 1, b[-1]]), "these shards: text_train_000002.npy differ"),
         (shard, lambda b: b[:-2], "cannot read shard"),
         (shard, None, "cannot read shard"),
-        (manifest, lambda b: b.replace(b'"complete": true', b'"complete": false'), "not complete"),
+        (manifest, lambda b: b.replace(b'"complete": true', b'"complete": false'), "lacks shards: run"),
         (manifest, lambda b: b.replace(b'"tokens": 100', b'"tokens": 101', 1), "val_000000.npy is not what manifest"),
         (manifest, lambda b: b[:-20], "cannot read .*manifest.json"),
         (manifest, None, "cannot read .*manifest.json"),
