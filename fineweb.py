@@ -22,6 +22,7 @@ import signal
 import sys
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -36,13 +37,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from support import readers
 from support.cli import Parser, UserError, one_line, run_script
 from support.files import DAMAGE, prefetch, whole_file, whole_folder
 from support.hub import ask_hub, read_configs
-from support.readers import FORMATS, READERS, TABLES, FieldError, check_fields, find_reader, read_pieces, read_rows
 from support.tokens import END_OF_TEXT, RANKS_SHA256, cut, encode_document, find_shards, open_shard, tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+CONVERTED = "refs/convert/parquet"  # there, each configuration has a folder
 DEMO_DIR = "demo_data"
 DOWNLOADS = ".fineweb_downloads"  # in the folder of the shards
 AGAIN = "complete shards are kept, and the same command again resumes after them"
@@ -220,7 +222,8 @@ def write_shards(
     # Without files for validation, what fills no more than one shard is cut in two: a tenth for that.
     begin = 0 if manifest.shards or validation else max(1, filled // 10)
     if begin >= filled:
-        raise UserError(f"{manifest.dataset} has too little text, or less than it had")
+        what = "validation" if validation else "training"
+        raise UserError(f"{manifest.dataset} has too little text for {what}, or less than it had")
     if begin:
         write_shard(buffer[:begin], folder, manifest, Place(0, 0, begin))
     resume_at = Place(manifest.val_files, 0) if validation else manifest.resume_at
@@ -241,22 +244,26 @@ def read_texts(paths: Iterable[Path], manifest: Manifest) -> Iterator[tuple[Plac
     for number, path in enumerate(paths, begin):
         row = first
         try:
-            for record, fraction in islice(read_rows(path, (column,), manifest.errors), first, None):
+            for record, fraction in islice(readers.read_rows(path, (column,), manifest.errors), first, None):
                 if isinstance(record, dict):
-                    check_fields((column,), record)
+                    readers.check_fields((column,), record)
                 text = None if record is None else record[column]
                 if not isinstance(text, str | None):
-                    raise FieldError(f"{column} is {type(text).__name__}, not a string")
+                    raise readers.FieldError(f"{column} is {type(text).__name__}, not a string")
                 if text is not None:
                     yield Place(number, row), (before + fraction * sizes[number]) / total, text
                 row += 1
         except DAMAGE as error:
             fix = "repair it, or move it away"
-            if isinstance(error, FieldError):
-                fix = "name the text's field with --text_column"
+            if isinstance(error, readers.FieldError):
+                fix = "name the text's field with --text_column, or move the file away"
+            elif isinstance(error, readers.UnfitError):
+                fix = "or leave it out"
             elif manifest.commit:
                 path.resolve().unlink()  # in the Hub's cache it is a link
                 fix = "it is deleted, and the same command downloads it again"
+            if manifest.shards and not manifest.commit:
+                fix += ", and give another --out_dir"
             raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {fix}") from None
         before += sizes[number]
         first = 0
@@ -285,7 +292,9 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
 # ---------------------------------------------------------------- which files
 
 # Words in the names of files and folders that tell their split; where several occur, the first here counts.
-WORDS = {"test": "test|eval|holdout", "val": "validation|valid|val|dev", "train": "train"}
+WORDS = {"test": "tests?|testing|eval(uation)?|holdout", "val": "validation|validate|valid|val|dev", "train": "train"}
+# What is never text: hidden files, Spark's, and what fineweb.py, `datasets` and others write beside it.
+PASSED_OVER = re.compile(r"(^|/)([._]|(manifest|metadata|config|state|package|dataset_\w+)\.json$)")
 
 
 def is_local(dataset: str) -> bool:
@@ -294,15 +303,15 @@ def is_local(dataset: str) -> bool:
 
 def split_of(label: str, manifest: Manifest) -> str:
     """The split of a file, by its path or what its dataset says: "train", "val", or "test" for what is left out."""
-    for split, name in (("val", manifest.val_split), ("train", manifest.split)):
-        if name and re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", label.lower()):
-            return split
-    guess = "train"
-    for part in label.lower().split("/"):  # the last that says something counts
-        found = [split for split, words in WORDS.items() if re.search(f"(?<![a-z])({words})(?![a-z])", part)]
-        guess = found[0] if found else guess
-    chosen = {"train": manifest.split, "val": manifest.val_split}
-    return "test" if chosen.get(guess) else guess
+    chosen = {"val": manifest.val_split, "train": manifest.split}
+    for part in reversed(label.lower().split("/")):
+        for split, name in chosen.items():
+            if name and re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", part):
+                return split
+        for split, words in WORDS.items():
+            if re.search(f"(?<![a-z])({words})(?![a-z])", part):
+                return "test" if chosen.get(split) else split
+    return "test" if manifest.split else "train"
 
 
 def find_source(manifest: Manifest) -> None:
@@ -310,25 +319,26 @@ def find_source(manifest: Manifest) -> None:
     place, fix = Path(manifest.dataset, manifest.subset), "check --dataset and --subset"
     local = is_local(manifest.dataset)
     if local and place.exists():
-        sizes, labels = list_folder(place), {}
+        sizes, labels = list_folder(place), {".": manifest.split or "."}  # which is one file
     elif not local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
         sizes, labels = list_hub(manifest)
-        fix += ", or take --revision refs/convert/parquet, which the Hub makes of most datasets"
+        fix += f", or take --revision {CONVERTED}, which the Hub makes of most datasets"
         if any(SHARD.fullmatch(Path(name).name) for name in sizes):
             fix = f"these are shards: hf download {manifest.dataset} --repo-type dataset --local-dir DIR"
     else:
         raise UserError(f"there is no folder {place} (on the Hub, a dataset would be OWNER/NAME)")
-    readers = {name: find_reader(str(place / name)) for name in sizes}
-    kinds = [reader for reader in READERS.values() if reader in readers.values()]
+    found = {name: readers.find_reader(str(place / name)) for name in sorted(sizes)}
+    kinds = [kind for kind in readers.READERS.values() if any(kind == reader for reader, _ in found.values())]
     if not kinds:
-        raise UserError(f"no {FORMATS} files in {place}: {fix}")
-    files = {"val": [], "train": [], "test": []}
-    for name in sorted(sizes):
-        if readers[name] == kinds[0]:
+        raise UserError(f"no {readers.FORMATS} files in {place}: {fix}")
+    files, stems = {"val": [], "train": [], "test": []}, set()
+    for name, (reader, stem) in found.items():
+        if reader == kinds[0] and stem not in stems:  # else it is the same in another format, or compressed
             files[split_of(labels.get(name, name), manifest)].append(name)
+            stems.add(stem)
     lacking = "train" if not files["train"] else "val" if manifest.val_split and not files["val"] else None
     if lacking:
-        there = some([*files["test"], *files["val"], *files["train"]])
+        there = some([*found])
         raise UserError(f"no file in {place} is for {lacking} by its name: choose by --split and --val_split ({there})")
     manifest.files = {name: sizes[name] for name in files["val"] + files["train"]}
     manifest.val_files = len(files["val"])
@@ -346,9 +356,11 @@ def list_folder(root: Path) -> dict[str, int]:
     """A file, or those in a folder and below it, by their paths, and their bytes."""
     if root.is_file():
         return {".": root.stat().st_size}
-    found = glob("**", root_dir=root, recursive=True)  # none that begins with a dot
-    paths = [root / name for name in found if not re.search("(^|/)(_|manifest.json$)", name)]
-    return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+    files = {}
+    for name in sorted(glob("**", root_dir=root, recursive=True), key=len):
+        if (root / name).is_file() and not PASSED_OVER.search(name):
+            files.setdefault(os.path.realpath(root / name), name)  # a link to a folder may lead in a circle
+    return {name: (root / name).stat().st_size for name in files.values()}
 
 
 def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
@@ -365,7 +377,7 @@ def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
     def files_in(dataset: str, folder: str | None) -> dict[str, int]:
         with suppress(EntryNotFoundError):  # no such folder
             tree = hub.list_repo_tree(dataset, folder, repo_type="dataset", revision=commit, recursive=True)
-            return {e.path: e.size for e in tree if hasattr(e, "size") and not re.search(r"(^|/)[._]", e.path)}
+            return {e.path: e.size for e in tree if hasattr(e, "size") and not PASSED_OVER.search(e.path)}
         return {}
 
     configs = {} if "/" in name else ask_hub(read_configs, dataset, commit)
@@ -380,6 +392,9 @@ def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
                     labels[path] = split or path
         return {path: sizes[path] for path in labels}, labels
     sizes = ask_hub(files_in, dataset, name or None)
+    tops = sorted({path.split("/")[0] for path in sizes})
+    if manifest.revision == CONVERTED and not name and len(tops) > 1:
+        raise UserError(f"choose by --subset one of the configurations of {dataset}: {', '.join(tops)}")
     if name and not sizes:
         there = f"nor one of the configurations of {dataset}: {', '.join(configs) or 'none'}"
         raise UserError(f"no folder {name}, {there}")
@@ -450,7 +465,7 @@ def make_shards(folder: Path, manifest: Manifest, workers: int, keep_downloads: 
     validation = f"; for validation: {some(names[:n])}" if n else ""
     left_out = f"; left out: {some(manifest.left_out)}" if manifest.left_out else ""
     print(f"{manifest.dataset}{at}: {taken}{validation}{left_out}", file=sys.stderr, flush=True)
-    if not manifest.shards and not manifest.commit and manifest.errors == "strict":
+    if not (manifest.shards or manifest.commit or manifest.max_tokens or manifest.errors == "replace"):
         check_text(manifest)
     manifest.save(folder)
     fetch = partial(fetch_files, manifest, folder / DOWNLOADS, keep_downloads)
@@ -465,8 +480,9 @@ def check_text(manifest: Manifest) -> None:
     for name in tqdm(manifest.files, desc="is it text", unit="file", leave=False, disable=None):
         path = Path(manifest.dataset, manifest.subset, name)
         try:
-            for _ in read_pieces(path, "strict") if find_reader(path.name) not in TABLES else ():
-                pass
+            readers.read_rows(path)  # refuses what is a pointer of Git LFS
+            if readers.find_reader(path.name)[0] not in readers.TABLES:
+                deque(readers.read_pieces(path, "strict"), maxlen=0)
         except DAMAGE as error:
             faults.append(f"{path} ({one_line(error)})")
     if faults:
@@ -502,7 +518,6 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
     except OSError as error:
         raise UserError(f"{one_line(error)}; {AGAIN}") from None
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         raise UserError(f"interrupted; {AGAIN}", status=130) from None
     return manifest
 

@@ -67,6 +67,8 @@ def run_script(main: Callable[[], None], program: str) -> NoReturn:
     sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     try:
         status = exit_status(main, program)
+    except KeyboardInterrupt:  # a second one
+        status = 130
     except Exception:
         traceback.print_exc()
         status = 1

@@ -28,7 +28,7 @@ def ask_hub(function: Callable, dataset: str, *args, tries: int = 3, fix: str = 
         except Exception as error:  # the client's, the network library's and hf_xet's own
             if isinstance(error, OSError) and error.errno:  # of the disk
                 raise
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
             if not left or status in (401, 403, 404):
                 fix = fix or "check the network, --dataset, --subset and --revision; the same command again resumes"
                 raise UserError(f"the Hub: {one_line(error)}: {fix}") from None
@@ -38,16 +38,16 @@ def ask_hub(function: Callable, dataset: str, *args, tries: int = 3, fix: str = 
 def read_configs(dataset: str, commit: str) -> dict[str, list[tuple[str, str]]]:
     """The configurations in a dataset's README.md: splits ("" if it names none) and patterns of paths."""
     from huggingface_hub import hf_hub_download, metadata_load
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     configs: dict[str, list[tuple[str, str]]] = {}
-    with tempfile.TemporaryDirectory() as folder, suppress(EntryNotFoundError):
+    with tempfile.TemporaryDirectory() as folder, suppress(RemoteEntryNotFoundError):  # but no other refusal
         path = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=commit, local_dir=folder)
-        for entry in (metadata_load(path) or {}).get("configs", []):
-            files = entry.get("data_files", "**")
+        for entry in (metadata_load(path) or {}).get("configs") or []:
+            files = entry.get("data_files") or "**"
             for file in files if isinstance(files, list) else [files]:
-                split, paths = (file["split"], file["path"]) if isinstance(file, dict) else ("", file)
+                split, paths = (str(file["split"]), file["path"]) if isinstance(file, dict) else ("", file)
                 for path in paths if isinstance(paths, list) else [paths]:
                     pattern = os.path.normpath(Path(entry.get("data_dir", ""), path)).replace("**/", "**")
-                    configs.setdefault(entry["config_name"], []).append((split, pattern))
+                    configs.setdefault(str(entry["config_name"]), []).append((split, pattern))
     return configs

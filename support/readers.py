@@ -21,7 +21,11 @@ Rows = Iterator[tuple[dict | None, float]]
 csv.field_size_limit(sys.maxsize)  # else 131,072 characters
 
 
-class FieldError(ValueError):
+class UnfitError(ValueError):
+    """A file is no text, though not damaged; the message says what to do."""
+
+
+class FieldError(UnfitError):
     """Rows lack the field that is asked for, or it holds no text."""
 
 
@@ -79,20 +83,18 @@ def read_pieces(path: Path, errors: str, size: int = 2**16) -> Iterator[tuple[st
         with open(path, "rb") as raw, DECOMPRESS.get(path.suffix.lower(), nullcontext)(raw) as file:
             for piece in iter(partial(file.read, size), b""):
                 if begins and piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise ValueError("it is UTF-16: convert it (iconv -f UTF-16 -t UTF-8)")
-                if begins and piece.startswith(b"version https://git-lfs.github.com/spec/"):
-                    raise ValueError("it is a pointer of Git LFS, not the text: run git lfs pull")
+                    raise UnfitError("it is UTF-16: convert it (iconv -f UTF-16 -t UTF-8)")
                 if b"\0" in piece:
-                    raise ValueError("it has NUL bytes, so it is no text")
+                    raise UnfitError("it has NUL bytes, so it is no text: repair it")
                 begins = False
                 yield decode(piece), raw.tell() / total
             yield decode(b"", final=True), 1.0
     except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8: convert it, or take --errors replace") from None
+        raise UnfitError("it is not UTF-8: convert it, take --errors replace") from None
     except OSError as error:
         if "too much memory" not in str(error):
             raise
-        raise ValueError("its window is above 128 MiB: recompress it (zstd -d --long=31, then zstd)") from None
+        raise UnfitError("its window is above 128 MiB: recompress it (zstd -d --long=31, then zstd)") from None
 
 
 def read_blocks(path: Path, errors: str) -> Iterator[tuple[str, float]]:
@@ -148,7 +150,9 @@ def read_csv(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
             yield line + "\n"
 
     rows = csv.reader(lines(), delimiter="\t" if ".tsv" in path.name.lower() else ",", strict=True)
-    names = next(rows, [])
+    names = next(rows, None)
+    if names is None:  # an empty file
+        return
     check_fields(columns, names)
     for row in rows:
         if row and len(row) != len(names):
@@ -184,15 +188,20 @@ TABLES = (read_parquet, read_arrow)
 FORMATS = f"{', '.join(READERS)} ({', '.join(DECOMPRESS)})"
 
 
-def find_reader(name: str) -> Callable | None:
-    """What reads a file of this name; None if nothing does."""
-    path = PurePath(name.lower())
-    if path.suffix not in DECOMPRESS:
-        return READERS.get(path.suffix)
-    reader = READERS.get(path.with_suffix("").suffix)
-    return None if reader in TABLES else reader
+def find_reader(name: str) -> tuple[Callable | None, str]:
+    """What reads a file of this name, None if nothing does; and the name without what tells its format."""
+    path = PurePath(name)
+    if path.suffix.lower() not in DECOMPRESS:
+        return READERS.get(path.suffix.lower()), str(path.with_suffix(""))
+    path = path.with_suffix("")
+    reader = READERS.get(path.suffix.lower())
+    return None if reader in TABLES else reader, str(path.with_suffix(""))
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = ("text",), errors: str = "strict") -> Rows:
     """A file's rows; `errors` is what happens to text that is not UTF-8, "strict" or "replace"."""
-    return find_reader(path.name)(path, columns, errors)
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise UnfitError("it is a pointer of Git LFS, not the data: run git lfs pull")
+    reader, _ = find_reader(path.name)
+    return reader(path, columns, errors)

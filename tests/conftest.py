@@ -305,6 +305,7 @@ def pretrained(tmp_path_factory):
 
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
+API = re.compile(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/(refs/convert/parquet|\w+)/?(.*)")
 ROUTE = re.compile(r"/(?:datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)/resolve/(?P<revision>\w+)/(?P<path>.+)")
 
 
@@ -352,10 +353,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked[self.command, path] += 1
         if path.startswith("/api/") and self.server.before_answer(self, path):
             return
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/(\w+)/?(.*)", path):
+        if match := API.fullmatch(path):
             dataset, what, revision, folder = match.groups()
             files = self.server.datasets.get(dataset)
-            if files is None or revision not in (["main", COMMIT] if what == "revision" else [COMMIT]):
+            if files is None or revision not in (
+                ["main", "refs/convert/parquet", COMMIT] if what == "revision" else [COMMIT]
+            ):
                 code = "RepoNotFound" if files is None else "RevisionNotFound"
                 self.answer(b"{}", 404, X_Error_Code=code, X_Error_Message="no such thing")
             elif what == "revision":

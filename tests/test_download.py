@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -256,11 +255,8 @@ def test_interrupted_while_it_downloads_it_ends_at_once(edu, tmp_path):
     process = start_script(argv, env=environment(edu, tmp_path), cwd=tmp_path)
     assert waiting.wait(120)
     wait_for(lambda: list((tmp_path / "edu_fineweb10B").glob("*.npy")), process)
-    for _ in range(12):  # one is enough, unless it is raised where Python can't but ignore it, as in a finaliser
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            _, err = process.communicate(timeout=5)
-            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
     go.set()
     assert process.returncode == 130
     assert err.splitlines()[-1].startswith("fineweb.py: interrupted; complete shards are kept")
@@ -384,6 +380,24 @@ def test_a_configuration_is_chosen_by_its_name(languages, tmp_path):
     both = [encode_document(name) for name in ("de/b.parquet", "de/x/a.parquet")]
     assert np.array_equal(tokens(tmp_path / "de"), np.concatenate(both))
     assert run(languages, tmp_path, *argv[:2], "--out_dir", "folder", "--subset", "en/deep/").returncode == 0
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_configurations_that_cannot_be_read_are_no_reason_to_take_all(languages, tmp_path, status):
+    languages.fault = lambda request, path: path == "README.md" and (request.answer(b"", status) or True)
+    result = run(languages, tmp_path, "--dataset", "owner/languages", "--subset", "en")
+    assert result.returncode == 1
+    assert result.lines[-1].startswith("fineweb.py: the Hub: ")
+
+
+def test_configurations_of_odd_names_and_of_the_hubs_own_conversion_are_listed(hub, tmp_path):
+    readme = "---\nconfigs:\n- config_name: 2018\n  data_files: a/*\n- config_name: no\n  data_files:\n---\n"
+    hub.datasets["owner/name"] = hub_files("a/x.parquet", "b/x.parquet") | {"README.md": readme.encode()}
+    assert run(hub, tmp_path, "--dataset", "owner/name").lines[-1].endswith("of owner/name: 2018, False")
+    assert run(hub, tmp_path, "--dataset", "owner/name", "--subset", "2018").returncode == 0
+    del hub.datasets["owner/name"]["README.md"]
+    result = run(hub, tmp_path, "--dataset", "owner/name", "--revision", "refs/convert/parquet", "--out_dir", "p")
+    assert result.lines[-1].endswith("one of the configurations of owner/name: a, b")
 
 
 def test_the_configuration_of_a_sample_of_fineweb_works_too(edu, tmp_path):

@@ -7,6 +7,7 @@ import lzma
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -78,7 +79,7 @@ def everything(folder: Path) -> list[int]:
 # ---------------------------------------------------------------- formats
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in FORMATS.iterdir() if readers.find_reader(p.name)))
+@pytest.mark.parametrize("name", sorted(p.name for p in FORMATS.iterdir() if readers.find_reader(p.name)[0]))
 def test_what_other_libraries_write_is_read(tmp_path, run, tokens_of, name):
     if name in ("rows.json", "zstandard-long.jsonl.zst"):
         pytest.skip("the one is what was written, the other is below")
@@ -92,7 +93,7 @@ def test_what_other_libraries_write_is_read(tmp_path, run, tokens_of, name):
 
 
 def test_formats_has_files_of_every_kind():
-    kinds = {readers.find_reader(path.name) for path in FORMATS.iterdir()}
+    kinds = {readers.find_reader(path.name)[0] for path in FORMATS.iterdir()}
     assert kinds >= set(readers.READERS.values()) - {readers.read_text}
 
 
@@ -161,6 +162,11 @@ def test_empty_files_and_arrays_are_no_documents(tmp_path, run, tokens_of):
     write(tmp_path / "texts", {"a.json": "[]", "b.json": " [ \n ]\n", "c.jsonl": "", "d.jsonl": lines("some text")})
     assert run("--dataset", "texts")[0] == 0
     assert everything(tmp_path / "texts_shards") == tokens_of(["some text"])
+    write(tmp_path / "csv", {"a.csv": "", "b.csv": "text\nsome text\n", "val.csv": "text\n"})
+    assert "csv has too little text for validation" in run("--dataset", "csv")[1][-1]
+    (tmp_path / "csv" / "val.csv").unlink()
+    assert run("--dataset", "csv")[0] == 0
+    assert everything(tmp_path / "csv_shards") == tokens_of(["some text"])
 
 
 def test_a_long_array_is_read_a_part_at_a_time(tmp_path):
@@ -190,6 +196,8 @@ def test_all_files_that_are_no_text_are_named_before_any_work(tmp_path, run):
         assert re.search(rf"texts/{name} \([^)]*{why}", said[-1])
     assert "a.txt" not in said[-1]
     assert "--errors replace" in said[-1]
+    write(tmp_path / "tables", {"a.parquet": BAD["e.txt"]})
+    assert "a.parquet (it is a pointer of Git LFS, not the data: run git lfs pull)" in run("--dataset", "tables")[1][-1]
     assert not (tmp_path / "texts_shards").exists()
 
 
@@ -228,7 +236,8 @@ def test_files_named_after_a_split_are_used_as_such(tmp_path, run, tokens_of):
         ("data/train-00000-of-00002.parquet", "train"), ("data/validation-00000-of-00001.parquet", "val"),
         ("TinyStories-train.txt", "train"), ("TinyStoriesV2-GPT4-valid.txt", "val"), ("wiki_val.txt", "val"),
         ("dev.jsonl", "val"), ("DEV/a.jsonl", "val"), ("test01.csv", "test"), ("my.eval.jsonl", "test"),
-        ("holdout/a.txt", "test"), ("train/test.txt", "test"), ("test/train.txt", "train"), ("train_dev.txt", "val"),
+        ("holdout/a.txt", "test"), ("tests.jsonl", "test"), ("evaluation/a.txt", "test"),
+        ("train/test.txt", "test"), ("test/train.txt", "train"), ("train_dev.txt", "val"),
         ("latest.txt", "train"), ("developers.txt", "train"), ("contest.txt", "train"), ("values/a.txt", "train"),
         ("000_00000.parquet", "train"),
     ],
@@ -271,6 +280,10 @@ def test_splits_that_cannot_be_guessed_are_named(tmp_path, run, tokens_of):
         assert f"is for {lacking} by its name: choose by --split and --val_split (" in said[-1]
         assert "fold10.jsonl" in said[-1]
     assert "begun with split fold1, not None" in run("--dataset", "texts", "--val_split", "FOLD2")[1][-1]
+    write(tmp_path / "folders", {f"train/{name}.txt": f"{name} text" for name in ("a", "val", "test")})
+    assert run("--dataset", "folders", "--split", "train")[0] == 0
+    assert found(tmp_path / "folders_shards", "train") == tokens_of(["a text"])
+    assert found(tmp_path / "folders_shards", "val") == tokens_of(["val text"])
     write(tmp_path / "only", {"test.txt": "some text to try"})
     assert "no file in only is for train by its name" in run("--dataset", "only")[1][-1]
 
@@ -281,14 +294,18 @@ def test_splits_that_cannot_be_guessed_are_named(tmp_path, run, tokens_of):
 def test_subfolders_are_searched_as_spark_and_hive_have_them(tmp_path, run, tokens_of):
     part = pa.table({"text": ["from parquet"]})
     for name in ("data.parquet/part-00000-c000.snappy.parquet", "year=2024/b.parquet", "_temporary/c.parquet",
-                 ".cache/d.parquet", "._a.parquet", "a.parquet"):  # fmt: skip
-        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(part.set_column(0, "text", [[name]]), tmp_path / "texts" / name)
+                 ".cache/d.parquet", "._a.parquet", "a.parquet", "linked/e.parquet"):  # fmt: skip
+        path = tmp_path / "texts" / name
+        path = tmp_path / "elsewhere" / path.name if "linked" in name else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(part.set_column(0, "text", [[name]]), path)
     write(tmp_path / "texts", {"data.parquet/_SUCCESS": "", "data.parquet/.part.crc": "x"})
-    os.symlink(tmp_path / "texts" / "year=2024", tmp_path / "texts" / "z")
+    (tmp_path / "texts" / "loop").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "elsewhere")
     status, said = run("--dataset", "texts")
     assert status == 0
-    names = ["a.parquet", "data.parquet/part-00000-c000.snappy.parquet", "year=2024/b.parquet", "year=2024/b.parquet"]
+    # A link to a folder is followed, to one that is seen already it is not.
+    names = ["a.parquet", "data.parquet/part-00000-c000.snappy.parquet", "linked/e.parquet", "year=2024/b.parquet"]
     assert everything(tmp_path / "texts_shards") == tokens_of(names)
     assert "left out" not in said[0]
 
@@ -313,6 +330,17 @@ def test_one_kind_is_taken_from_a_folder_and_the_rest_is_named(tmp_path, run, to
         (tmp_path / "texts" / name).unlink()
 
 
+def test_the_same_rows_in_two_forms_are_read_once_and_what_is_no_text_is_passed_over(tmp_path, run, tokens_of):
+    content = lines("one", "two")
+    write(tmp_path / "texts", {
+        "a.jsonl": content, "a.jsonl.gz": gzip.compress(content.encode()), "a.json": content, "b.x.json": lines("x"),
+        "b.y.jsonl.gz": gzip.compress(lines("y").encode()), "dataset_infos.json": "{}", "package.json": "{}",
+    })  # fmt: skip
+    assert run("--dataset", "texts")[0] == 0
+    assert everything(tmp_path / "texts_shards") == tokens_of(["one", "two", "x", "y"])
+    assert Manifest.load(tmp_path / "texts_shards").left_out == ["a.jsonl", "a.jsonl.gz"]
+
+
 def test_a_single_file_and_the_home_folder_work(tmp_path, run, tokens_of, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write(tmp_path / "home" / "texts", {"test.jsonl.gz": gzip.compress(lines("home").encode()), "a.jsonl": lines("no")})
@@ -320,6 +348,7 @@ def test_a_single_file_and_the_home_folder_work(tmp_path, run, tokens_of, monkey
     assert everything(tmp_path / "test_shards") == tokens_of(["home"])
     assert sorted(p.name for p in (tmp_path / "test_shards").glob("*.npy"))[0] == "test_train_000001.npy"
     assert run("--dataset", "~/texts/test.jsonl.gz")[1][-1].startswith("test_shards: 2 shards")
+    assert run("--dataset", "~/texts/test.jsonl.gz", "--split", "train", "--out_dir", "t")[0] == 0
 
 
 @pytest.mark.parametrize("name", ["./texts", "/no/texts", "~/texts", "texts", "../a/texts"])
@@ -395,6 +424,7 @@ def test_a_run_goes_on_within_a_long_document(tmp_path, run, tokens_of, monkeypa
             patch.setattr(fineweb, "write_shard", stop)
             status, _ = run("--dataset", "texts", "--shard_tokens", 400)
         stopped += status == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in a notebook, there is more to come
         assert run("--dataset", "texts", "--shard_tokens", 400)[0] == 0
         assert {path.name: path.read_bytes() for path in (tmp_path / "texts_shards").iterdir()} == whole
     assert stopped > 10
