@@ -184,9 +184,7 @@ def find_token_ids(data_dir: str, n_vocab: int) -> list[int]:
     return token_ids
 
 
-def write_shards(
-    batches: Iterable[Batch], folder: Path, manifest: Manifest, workers: int = 1, validation: bool = False
-) -> None:
+def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, workers=1, validation=False) -> None:
     """Tokenize batches from manifest.resume_at on, until their end or max_tokens; for validation, one shard at most."""
     buffer, filled = np.empty(manifest.shard_tokens, dtype=np.uint16), 0
     to_skip, most = manifest.resume_at[2], manifest.max_tokens or sys.maxsize
@@ -222,8 +220,7 @@ def write_shards(
     # Without files for validation, what fills no more than one shard is cut in two: a tenth for that.
     begin = 0 if manifest.shards or validation else max(1, filled // 10)
     if begin >= filled:
-        what = "validation" if validation else "training"
-        raise UserError(f"{manifest.dataset} has too little text for {what}, or less than it had")
+        raise UserError(f"{manifest.dataset} has too little text{' for validation' if validation else ''}")
     if begin:
         write_shard(buffer[:begin], folder, manifest, Place(0, 0, begin))
     resume_at = Place(manifest.val_files, 0) if validation else manifest.resume_at
@@ -234,10 +231,7 @@ def write_shards(
 
 
 def read_texts(paths: Iterable[Path], manifest: Manifest) -> Iterator[tuple[Place, float, str | None]]:
-    """Each text from manifest.resume_at on, its place, and the fraction of the dataset that is read.
-
-    None where texts must not wait for the next file, which is being downloaded. UserError for a bad row.
-    """
+    """Each text from manifest.resume_at on, its place, the fraction of the dataset read; UserError for a bad row."""
     begin, first, _ = manifest.resume_at
     sizes, column = list(manifest.files.values()), manifest.text_column
     total, before = sum(sizes) + 1, sum(sizes[:begin]) + 1  # never 0
@@ -254,20 +248,16 @@ def read_texts(paths: Iterable[Path], manifest: Manifest) -> Iterator[tuple[Plac
                     yield Place(number, row), (before + fraction * sizes[number]) / total, text
                 row += 1
         except DAMAGE as error:
-            fix = "repair it, or move it away"
-            if isinstance(error, readers.FieldError):
-                fix = "name the text's field with --text_column, or move the file away"
-            elif isinstance(error, readers.UnfitError):
-                fix = "or leave it out"
-            elif manifest.commit:
+            fix = getattr(error, "fix", "repair it, or move it away")
+            if manifest.commit and not isinstance(error, readers.UnfitError):
                 path.resolve().unlink()  # in the Hub's cache it is a link
                 fix = "it is deleted, and the same command downloads it again"
-            if manifest.shards and not manifest.commit:
+            elif manifest.shards and not manifest.commit:
                 fix += ", and give another --out_dir"
             raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {fix}") from None
         before += sizes[number]
         first = 0
-        if manifest.commit:
+        if manifest.commit:  # texts don't wait for the next file, which is being downloaded
             yield Place(number, row), before / total, None
 
 
@@ -364,10 +354,7 @@ def list_folder(root: Path) -> dict[str, int]:
 
 
 def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
-    """Files on the Hub, their bytes, and what tells the split of each; enters the commit in the manifest.
-
-    They are those of the configuration --subset in the dataset's README.md, or else in the folder of that name.
-    """
+    """Files of a configuration or folder on the Hub, their bytes, and what tells their splits; enters the commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -447,8 +434,7 @@ def check_folder(folder: Path) -> None:
 
 def check_source(manifest: Manifest, wanted: Manifest) -> None:
     """Enter the files to read; UserError if those in a folder are no longer those of a manifest that was begun."""
-    begun = manifest is not wanted
-    if begun and (manifest.modified is None or (manifest.complete and not os.path.exists(manifest.dataset))):
+    if manifest is not wanted and (manifest.modified is None or not os.path.exists(manifest.dataset)):
         return  # at a commit nothing changes, and complete shards outlive the texts
     find_source(wanted)
     if (wanted.files, wanted.modified) != (manifest.files, manifest.modified):
@@ -461,10 +447,10 @@ def make_shards(folder: Path, manifest: Manifest, workers: int, keep_downloads: 
     """Do what is left to do, from manifest.resume_at on."""
     names, n = [*manifest.files], manifest.val_files
     at = f" at {manifest.commit}" if manifest.commit else ""
-    taken = f"{len(names)} files, {sum(manifest.files.values()) / 1e9:.2f} GB"
-    validation = f"; for validation: {some(names[:n])}" if n else ""
-    left_out = f"; left out: {some(manifest.left_out)}" if manifest.left_out else ""
-    print(f"{manifest.dataset}{at}: {taken}{validation}{left_out}", file=sys.stderr, flush=True)
+    line = f"{manifest.dataset}{at}: {len(names)} files, {sum(manifest.files.values()) / 1e9:.2f} GB"
+    for what, some_files in (("for validation", names[:n]), ("left out", manifest.left_out)):
+        line += f"; {what}: {some(some_files)}" if some_files else ""
+    print(line, file=sys.stderr, flush=True)
     if not (manifest.shards or manifest.commit or manifest.max_tokens or manifest.errors == "replace"):
         check_text(manifest)
     manifest.save(folder)
@@ -527,9 +513,8 @@ def verify(folder: Path) -> Manifest:
     manifest = Manifest.load(folder)
     names = {path.name for path in folder.glob("*") if SHARD.fullmatch(path.name)}
     wrong = names.symmetric_difference(shard["name"] for shard in manifest.shards)
-    for shard in tqdm(manifest.shards, unit="shard", disable=None):
-        if sha256(folder / shard["name"]) != shard["sha256"]:
-            wrong.add(shard["name"])
+    bar = tqdm(manifest.shards, unit="shard", disable=None)
+    wrong |= {shard["name"] for shard in bar if sha256(folder / shard["name"]) != shard["sha256"]}
     if wrong:
         raise UserError(f"{folder / 'manifest.json'} is not about these shards: {', '.join(sorted(wrong))} differ")
     check_folder(folder)

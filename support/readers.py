@@ -22,11 +22,15 @@ csv.field_size_limit(sys.maxsize)  # else 131,072 characters
 
 
 class UnfitError(ValueError):
-    """A file is no text, though not damaged; the message says what to do."""
+    """A file is no text, though not damaged; the message says what to do, or `fix`."""
+
+    fix = "or leave it out"
 
 
 class FieldError(UnfitError):
     """Rows lack the field that is asked for, or it holds no text."""
+
+    fix = "name the text's field with --text_column, or move the file away"
 
 
 def check_fields(columns: Iterable[str], found: Iterable[str]) -> None:
