@@ -31,6 +31,7 @@ import tiktoken
 import torch
 
 import fineweb
+from support import readers
 from support.files import prefetch
 from support.tokens import PATTERN, tokenizer
 from support.world import World
@@ -79,7 +80,7 @@ def write_shards(texts: str, out_dir: str) -> None:
     cut = tiktoken.Encoding("cut", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": VOCAB - 1})
     tokens = []
     for path in sorted(Path(texts).iterdir()):
-        for record, _ in fineweb.read_rows(path) if path.name.endswith(tuple(fineweb.READERS)) else ():
+        for record, _ in readers.read_rows(path) if readers.find_reader(path.name)[0] else ():
             tokens += [VOCAB - 1, *cut.encode(record["text"], disallowed_special=())]
     Path(out_dir).mkdir()
     for i in range(len(tokens) // 400_000):
