@@ -30,7 +30,6 @@ import numpy as np
 import tiktoken
 import torch
 
-import fineweb
 from support import readers
 from support.files import prefetch
 from support.tokens import PATTERN, tokenizer
