@@ -65,7 +65,7 @@ class Place(NamedTuple):
 class Batch(NamedTuple):
     """Some documents, or their tokens (N,) uint16 with an <|endoftext|> before each; or a part of a long one."""
 
-    place: Place  # of the first; all parts of a document have the same
+    place: Place  # of the first; the parts of a long one repeat it, by which write_shards() knows them
     fraction: float  # of the dataset, up to the end of the last
     content: list[str] | np.ndarray
     begins: bool = True  # with a document, not within one
@@ -75,7 +75,7 @@ def encode_batch(batch: Batch) -> Batch:
     """The batch with its documents replaced by their tokens."""
     text, opening = "<|endoftext|>".join(batch.content), "<|endoftext|>" if batch.begins else ""
     if text.count("<|endoftext|>") == len(batch.content) - 1:
-        with suppress(ValueError):  # the same tokens by one call, in which Python's lock is free
+        with suppress(ValueError):  # no text holds the token: one call gives the same, and frees Python's lock
             tokens = tokenizer().encode_to_numpy(opening + text, allowed_special="all")
             return batch._replace(content=tokens.astype(np.uint16))
     tokens = np.concatenate([encode_document(text) for text in batch.content])
@@ -138,7 +138,7 @@ class Manifest:
             manifest = cls(**{f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found})
             shards = [(folder / shard["name"], shard["tokens"]) for shard in manifest.shards]
         except DAMAGE as error:
-            fix = f"restore it, or delete {folder} and start again"
+            fix = "restore it, or give another --out_dir"
             raise UserError(f"cannot read {path}: {one_line(error)}: {fix}") from None
         for shard, length in shards:
             if len(open_shard(shard)) != length:
@@ -190,7 +190,7 @@ def write_shards(batches: Iterable[Batch], folder: Path, manifest: Manifest, wor
     to_skip, most = manifest.resume_at[2], manifest.max_tokens or sys.maxsize
     done = manifest.tokens - (manifest.shards[0]["tokens"] if manifest.val_files and manifest.shards else 0)
     to_take = len(buffer) if validation else most - done
-    place, before = None, 0  # where a document begins, and how many of its tokens came in batches before
+    place, before = None, 0  # of a batch, and how many tokens of a document in parts came before it
     quiet = None if manifest.files else True  # None is tqdm's way to say: unless it is a terminal
     bar = tqdm(initial=manifest.tokens, unit="tok", unit_scale=True, disable=quiet, dynamic_ncols=True)
     tokenizer()  # made once, not by each of the threads
@@ -251,13 +251,13 @@ def read_texts(paths: Iterable[Path], manifest: Manifest) -> Iterator[tuple[Plac
             fix = getattr(error, "fix", "repair it, or move it away")
             if manifest.commit and not isinstance(error, readers.UnfitError):
                 path.resolve().unlink()  # in the Hub's cache it is a link
-                fix = "it is deleted, and the same command downloads it again"
+                fix = "it is deleted, and the same command downloads it again (if in vain, it is bad on the Hub)"
             elif manifest.shards and not manifest.commit:
                 fix += ", and give another --out_dir"
             raise UserError(f"cannot read {path}, row {row}: {one_line(error)}: {fix}") from None
         before += sizes[number]
         first = 0
-        if manifest.commit:  # texts don't wait for the next file, which is being downloaded
+        if manifest.commit:  # a batch doesn't wait for the next file, which is being downloaded
             yield Place(number, row), before / total, None
 
 
@@ -284,7 +284,7 @@ def read_batches(paths: Iterable[Path], manifest: Manifest) -> Iterator[Batch]:
 # Words in the names of files and folders that tell their split; where several occur, the first here counts.
 WORDS = {"test": "tests?|testing|eval(uation)?|holdout", "val": "validation|validate|valid|val|dev", "train": "train"}
 # What is never text: hidden files, Spark's, and what fineweb.py, `datasets` and others write beside it.
-PASSED_OVER = re.compile(r"(^|/)([._]|(manifest|metadata|config|state|package|dataset_\w+)\.json$)")
+PASSED_OVER = re.compile(r"(^|/)([._]|(manifest|metadata|config|state|package|dataset_(infos?|dict))\.json$)")
 
 
 def is_local(dataset: str) -> bool:
@@ -309,7 +309,7 @@ def find_source(manifest: Manifest) -> None:
     place, fix = Path(manifest.dataset, manifest.subset), "check --dataset and --subset"
     local = is_local(manifest.dataset)
     if local and place.exists():
-        sizes, labels = list_folder(place), {".": manifest.split or "."}  # which is one file
+        sizes, labels = list_folder(place), {".": manifest.split or "."}  # the dataset may be one file
     elif not local and re.fullmatch(r"\w[\w.-]*/[\w.-]+", manifest.dataset):
         sizes, labels = list_hub(manifest)
         fix += f", or take --revision {CONVERTED}, which the Hub makes of most datasets"
@@ -347,7 +347,7 @@ def list_folder(root: Path) -> dict[str, int]:
     if root.is_file():
         return {".": root.stat().st_size}
     files = {}
-    for name in sorted(glob("**", root_dir=root, recursive=True), key=len):
+    for name in sorted(glob("**", root_dir=root, recursive=True), key=len):  # of a file's names, the shortest
         if (root / name).is_file() and not PASSED_OVER.search(name):
             files.setdefault(os.path.realpath(root / name), name)  # a link to a folder may lead in a circle
     return {name: (root / name).stat().st_size for name in files.values()}
@@ -367,12 +367,12 @@ def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
             return {e.path: e.size for e in tree if hasattr(e, "size") and not PASSED_OVER.search(e.path)}
         return {}
 
-    configs = {} if "/" in name else ask_hub(read_configs, dataset, commit)
+    configs = {} if "/" in name else ask_hub(read_configs, dataset, commit)  # no name of one has a slash
     if not name and len(configs) > 1:
         raise UserError(f"choose by --subset one of the configurations of {dataset}: {', '.join(configs)}")
     if name in configs or (configs and not name):
         sizes, labels = ask_hub(files_in, dataset, None), {}
-        for split, pattern in configs[name or min(configs)]:
+        for split, pattern in configs[name or next(iter(configs))]:
             for path in sizes:
                 # As in a shell, * stays within a folder.
                 if fnmatchcase(path, pattern) and ("**" in pattern or path.count("/") == pattern.count("/")):
@@ -435,7 +435,7 @@ def check_folder(folder: Path) -> None:
 def check_source(manifest: Manifest, wanted: Manifest) -> None:
     """Enter the files to read; UserError if those in a folder are no longer those of a manifest that was begun."""
     if manifest is not wanted and (manifest.modified is None or not os.path.exists(manifest.dataset)):
-        return  # at a commit nothing changes, and complete shards outlive the texts
+        return  # at a commit nothing changes, shards outlive the texts, and manifests of before don't know
     find_source(wanted)
     if (wanted.files, wanted.modified) != (manifest.files, manifest.modified):
         differ = sorted({name for name, _ in wanted.files.items() ^ manifest.files.items()})
@@ -472,7 +472,7 @@ def check_text(manifest: Manifest) -> None:
         except DAMAGE as error:
             faults.append(f"{path} ({one_line(error)})")
     if faults:
-        raise UserError(f"cannot read {', '.join(faults)}: repair them, or move them away")
+        raise UserError(f"cannot read {', '.join(faults)}: convert them, move them away, or take --errors replace")
 
 
 def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool = False) -> Manifest:
@@ -494,7 +494,7 @@ def build(folder: Path, wanted: Manifest, workers: int = 1, keep_downloads: bool
             finally:
                 if manifest.complete or not manifest.shards:
                     shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
-                if not manifest.shards:  # nothing that would stand in the way of another try
+                if not manifest.shards and not any(folder.glob("*.npy")):  # nothing is in the way of another try
                     (folder / "manifest.json").unlink(missing_ok=True)
                 lock.unlink()
                 with suppress(OSError):
@@ -516,7 +516,7 @@ def verify(folder: Path) -> Manifest:
     bar = tqdm(manifest.shards, unit="shard", disable=None)
     wrong |= {shard["name"] for shard in bar if sha256(folder / shard["name"]) != shard["sha256"]}
     if wrong:
-        raise UserError(f"{folder / 'manifest.json'} is not about these shards: {', '.join(sorted(wrong))} differ")
+        raise UserError(f"manifest.json is not about these shards: {some(sorted(wrong))} differ in {folder}")
     check_folder(folder)
     return manifest
 
@@ -566,7 +566,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--split", help="train on files with this word in their names (default: those that are not named val or test)")
     add("--val_split", help="validate on files with this word (default: validation, valid, val or dev; else a shard)")
     add("--text_column", default="text", help="field of a row that holds the text (default: %(default)s)")
-    add("--errors", default="strict", choices=["strict", "replace"], help="what to do where text is not UTF-8")
+    add("--errors", default="strict", choices=["strict", "replace"], help="for what is not UTF-8: stop, or U+FFFD")
     add("--shard_tokens", type=int, default=10**8, help="tokens in a shard (default: 100 million)")
     add("--max_tokens", type=int, help="stop after so many, files for validation aside (default: take all)")
     add("--workers", type=int, default=cores, help="threads that tokenize (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: questions that are asked again, and what a dataset says of itself."""
+"""The Hugging Face Hub: requests that are repeated when they fail, and what a dataset says of itself."""
 
 import os
 import tempfile

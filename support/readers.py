@@ -22,9 +22,9 @@ csv.field_size_limit(sys.maxsize)  # else 131,072 characters
 
 
 class UnfitError(ValueError):
-    """A file is no text, though not damaged; the message says what to do, or `fix`."""
+    """A file is not damaged, but can't be used as it is; `fix` says what to do."""
 
-    fix = "or leave it out"
+    fix = "convert it, or leave it out"
 
 
 class FieldError(UnfitError):
@@ -80,25 +80,25 @@ DECOMPRESS = {".gz": gzip.open, ".zst": open_zstd, ".zstd": open_zstd, ".bz2": b
 
 
 def read_pieces(path: Path, errors: str, size: int = 2**16) -> Iterator[tuple[str, float]]:
-    """A text file piece by piece, and the fraction that is read; ValueError, which says what to do, if it is none."""
+    """A text file piece by piece, and the fraction that is read; UnfitError if it is no UTF-8 text."""
     decode = codecs.getincrementaldecoder("utf-8-sig")(errors).decode  # without a byte-order mark
     total, begins = max(1, path.stat().st_size), True
     try:
         with open(path, "rb") as raw, DECOMPRESS.get(path.suffix.lower(), nullcontext)(raw) as file:
             for piece in iter(partial(file.read, size), b""):
                 if begins and piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise UnfitError("it is UTF-16: convert it (iconv -f UTF-16 -t UTF-8)")
+                    raise UnfitError("it is UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)")
                 if b"\0" in piece:
-                    raise UnfitError("it has NUL bytes, so it is no text: repair it")
+                    raise UnfitError("it has NUL bytes, so it is no text")
                 begins = False
                 yield decode(piece), raw.tell() / total
             yield decode(b"", final=True), 1.0
     except UnicodeDecodeError:
-        raise UnfitError("it is not UTF-8: convert it, take --errors replace") from None
+        raise UnfitError("it is not UTF-8, which --errors replace takes") from None
     except OSError as error:
         if "too much memory" not in str(error):
             raise
-        raise UnfitError("its window is above 128 MiB: recompress it (zstd -d --long=31, then zstd)") from None
+        raise UnfitError("its window is above 128 MiB (zstd -d --long=31 unpacks it)") from None
 
 
 def read_blocks(path: Path, errors: str) -> Iterator[tuple[str, float]]:
@@ -133,7 +133,7 @@ def read_json(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
             yield json.loads(line) if line.strip() else None, fraction
         return
     separator, scan, text = re.compile(r"\s*[\[,]?\s*"), json.JSONDecoder().raw_decode, ""
-    for piece, fraction in read_pieces(path, errors, size=2**24):  # a long value is tried with each of them
+    for piece, fraction in read_pieces(path, errors, size=2**24):  # a longer value is tried with each piece
         text, at = text + piece, 0
         with suppress(ValueError):  # the piece ends within a value
             while True:
@@ -206,6 +206,6 @@ def read_rows(path: Path, columns: tuple[str, ...] = ("text",), errors: str = "s
     """A file's rows; `errors` is what happens to text that is not UTF-8, "strict" or "replace"."""
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
-            raise UnfitError("it is a pointer of Git LFS, not the data: run git lfs pull")
+            raise UnfitError("it is a pointer of Git LFS, not the data (git lfs pull fetches that)")
     reader, _ = find_reader(path.name)
     return reader(path, columns, errors)

@@ -131,5 +131,5 @@ class Shard:
         unknown = tokens[~self.known[tokens]]
         if len(unknown):
             what = f"token {unknown[0]}, which is none of the model's {self.known.sum()}"
-            raise UserError(f"{self.path} holds {what}: restore it, or a manifest.json that is about it")
+            raise UserError(f"{self.path} holds {what}: restore it")
         return tokens

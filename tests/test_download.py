@@ -382,7 +382,7 @@ def test_a_configuration_is_chosen_by_its_name(languages, tmp_path):
     assert run(languages, tmp_path, *argv[:2], "--out_dir", "folder", "--subset", "en/deep/").returncode == 0
 
 
-@pytest.mark.parametrize("status", [403, 500])
+@pytest.mark.parametrize("status", [403, pytest.param(500, marks=pytest.mark.slow)])
 def test_configurations_that_cannot_be_read_are_no_reason_to_take_all(languages, tmp_path, status):
     languages.fault = lambda request, path: path == "README.md" and (request.answer(b"", status) or True)
     result = run(languages, tmp_path, "--dataset", "owner/languages", "--subset", "en")

@@ -416,7 +416,7 @@ def at_work(tmp_path, **kwargs) -> subprocess.Popen:
     """A run with two workers that has written a shard, and has work for minutes."""
     (tmp_path / "text").mkdir()
     line = json.dumps({"text": "one two three " * 70_000}) + "\n"
-    (tmp_path / "text" / "a.jsonl.gz").write_bytes(gzip.compress(line.encode()) * 10_000)
+    (tmp_path / "text" / "a.jsonl.gz").write_bytes(gzip.compress(line.encode()) * 2000)
     out = tmp_path / "out"
     argv = ["fineweb.py", "--dataset", tmp_path / "text", "--workers", 2, "--shard_tokens", 50_000, "--out_dir", out]
     run = start_script(argv, **kwargs)
@@ -431,6 +431,21 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert run.returncode == 130
     assert "Traceback" not in error
     assert error.splitlines()[-1].startswith("fineweb.py: interrupted; complete shards are kept")
+
+
+def test_an_interrupt_while_the_first_shard_is_entered_leaves_what_goes_on(tmp_path, monkeypatch):
+    source = write_parquet(tmp_path / "text" / "a.parquet", DOCUMENTS)
+    build(tmp_path / "unbroken", wanted(source))
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="interrupted"):
+        patch.setattr(fineweb, "sha256", interrupt)
+        build(tmp_path / "out", wanted(source))
+    assert (tmp_path / "out" / "text_val_000000.npy").exists()
+    build(tmp_path / "out", wanted(source))
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
 def test_sigterm_is_one_line_too(tmp_path):
