@@ -79,10 +79,10 @@ def everything(folder: Path) -> list[int]:
 # ---------------------------------------------------------------- formats
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in FORMATS.iterdir() if readers.find_reader(p.name)[0]))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in os.listdir(FORMATS) if re.match(r"(?!.*(rows|long|make))", name))
+)
 def test_what_other_libraries_write_is_read(tmp_path, run, tokens_of, name):
-    if name in ("rows.json", "zstandard-long.jsonl.zst"):
-        pytest.skip("the one is what was written, the other is below")
     (tmp_path / "texts").mkdir()
     shutil.copy(FORMATS / name, tmp_path / "texts")
     status, said = run("--dataset", "texts")
