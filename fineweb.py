@@ -318,18 +318,18 @@ def find_source(manifest: Manifest) -> None:
     else:
         raise UserError(f"there is no folder {place} (on the Hub, a dataset would be OWNER/NAME)")
     found = {name: readers.find_reader(str(place / name)) for name in sorted(sizes)}
-    kinds = [kind for kind in readers.READERS.values() if any(kind == reader for reader, _ in found.values())]
-    if not kinds:
+    kind = next((k for k in readers.READERS.values() if k in {reader for reader, _ in found.values()}), None)
+    if kind is None:
         raise UserError(f"no {readers.FORMATS} files in {place}: {fix}")
     files, stems = {"val": [], "train": [], "test": []}, set()
     for name, (reader, stem) in found.items():
-        if reader == kinds[0] and stem not in stems:  # else it is the same in another format, or compressed
+        if reader == kind and stem not in stems:  # else it is the same in another format, or compressed
             files[split_of(labels.get(name, name), manifest)].append(name)
             stems.add(stem)
     lacking = "train" if not files["train"] else "val" if manifest.val_split and not files["val"] else None
     if lacking:
-        there = some([*found])
-        raise UserError(f"no file in {place} is for {lacking} by its name: choose by --split and --val_split ({there})")
+        fix = f"choose by --split and --val_split ({some([*found])})"
+        raise UserError(f"no file in {place} is for {lacking} by its name: {fix}")
     manifest.files = {name: sizes[name] for name in files["val"] + files["train"]}
     manifest.val_files = len(files["val"])
     manifest.left_out = sorted(sizes.keys() - manifest.files.keys())

@@ -67,8 +67,8 @@ def find_shards(data_dir: str, split: str) -> list[Path]:
     """The shards of "train", "val" or "train|val", in order; UserError if there are none."""
     names = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
     # With a number or, as some of llm.c's, without one; nanoGPT's are train.bin and val.bin.
-    name_of = re.compile(rf"([^.].*_)?({split})(_\d+)?\.(npy|bin)")
-    paths = [Path(data_dir, name) for name in names if name_of.fullmatch(name)]
+    pattern = re.compile(rf"([^.].*_)?({split})(_\d+)?\.(npy|bin)")
+    paths = [Path(data_dir, name) for name in names if pattern.fullmatch(name)]
     if not paths:
         fix = "run `python fineweb.py` first, or try `python train_gpt2.py --demo`"
         if names:
