@@ -236,15 +236,15 @@ def score(model, batch: Batch, world: World, buffer: Tensor) -> np.ndarray:
     return torch.cat(found)[:, 0].cpu().numpy()
 
 
-def evaluate(model, data: HellaSwag, world: World, progress: bool = False) -> np.ndarray:
+def evaluate(model, data: HellaSwag, world: World) -> np.ndarray:
     """The scores (n, 4) in nats of all endings, on every rank; each computes some batches."""
     n = len(data.labels)
     scores = np.zeros(4 * n)
     mine = data.batches[world.rank :: world.size]
     V = model.config.vocab_size
     buffer = torch.empty(max(1, LOGIT_BYTES // (4 * V)), V, device=world.device)
-    quiet = None if progress and world.is_main else True  # None: on a terminal
-    for batch in tqdm(mine, unit="batch", disable=quiet):
+    quiet = None if world.is_main else True  # None: unless no terminal sees it
+    for batch in tqdm(mine, desc="HellaSwag", unit="batch", delay=5, leave=False, disable=quiet):
         found = score(model, batch, world, buffer)
         scores += np.bincount(batch.endings.numpy(), weights=found, minlength=4 * n)
     return np.array(world.sum(*scores)).reshape(n, 4)
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         model = load_model(args.model).to(world.device)
         data = HellaSwag(examples, args.style, model.config, world.device.type)
         began = time.perf_counter()
-        scores = evaluate(model, data, world, progress=True)
+        scores = evaluate(model, data, world)
         seconds = round(time.perf_counter() - began, 2)
         if np.isnan(scores).any():
             raise UserError(f"--model {args.model}: a score is not a number, so its weights are damaged")

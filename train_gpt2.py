@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -35,11 +35,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
 
 import fineweb
 import hellaswag
 from support import checkpoint, cpu, huggingface
-from support.cli import Config, UserError, option, parse_configs, run_script
+from support.cli import Config, UserError, one_line, option, parse_configs, run_script, warn
 from support.files import prefetch, whole_folder
 from support.log import Log
 from support.loss import CrossEntropySum
@@ -103,6 +104,7 @@ class TrainConfig(Config):
     hellaswag_every: int = option(250, "steps between HellaSwag evaluations; 0 = never", min=0)
     hellaswag_data: str = option("", "its .parquet or .jsonl file (default: fetched from the Hub)")
     sample_every: int = option(250, "steps between samples; 0 = never", min=0)
+    print_every: int = option(0, "steps between lines on the console; 0: by the run's length", min=0)
     save_every: int = option(250, "steps between checkpoints; two are kept; 0 = never", min=0)
     keep_every: int = option(0, "steps between those that are kept for good; 0 = none", min=0)
     init_from: str = option("scratch", "or gpt2[-medium, -large, -xl], DIR, FILE", fixed=True)
@@ -386,10 +388,8 @@ class Sequences:
         # Shard s holds the sequences from ends[s - 1] to ends[s] - 1.
         self.ends = np.cumsum([max(0, length - 1) // block_size for length in lengths])
         if len(self) == 0:
-            raise UserError(
-                f"--block_size {block_size} is too long for the {split} shards in {data_dir}: "
-                f"the longest has {max(lengths)} tokens, so take at most {max(lengths) - 1}"
-            )
+            what = f"--block_size {block_size} is too long for the {split} shards in {data_dir}"
+            raise UserError(f"{what}: take at most {max(lengths) - 1}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -406,33 +406,36 @@ class Sequences:
 
 
 def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, size: int) -> list:
-    """One rank's micro-batches of update `step`, counted from 1: inputs and targets, (B, T) each.
+    """One rank's micro-batches of update `step`, counted from 1: inputs and targets, (B, T) each, and their weight.
 
-    Lay the shuffled epochs end to end: an update reads the next range of that row, each rank an
-    equal slice of it. The arguments alone say who reads what: there is no loader state to save.
+    Lay the shuffled epochs end to end: an update reads the next range of that row, each rank a slice of it.
+    The arguments alone say who reads what: there is no loader state to save. A weight is a micro-batch's
+    share of the whole batch, times the ranks, over which DDP takes the mean.
     """
     T = data.block_size
     first, count = tokens_before(step, config) // T, tokens_of(step, config) // T
     mine = range(first + rank * count // size, first + (rank + 1) * count // size)
     x, y = data.read(sequences_at(mine, len(data), config.seed, config.order))
-    # A divisor of every batch on the ramp, so that torch.compile sees only two shapes.
-    unit = config.batch_ramp_from if step <= config.batch_ramp_steps else config.batch_tokens
-    micro_batch = math.gcd(config.micro_batch, unit // T // size)
-    return list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
+    micro_batch = config.micro_batch
+    if step <= config.batch_ramp_steps:  # a divisor of every batch, so that torch.compile sees few shapes
+        micro_batch = math.gcd(micro_batch, config.batch_ramp_from // T // size)
+    n = math.ceil(math.ceil(count / size) / micro_batch)
+    batches = []
+    for x_part, y_part in zip(x.tensor_split(n), y.tensor_split(n), strict=True):
+        weight = len(x_part) * size / count
+        # Slices may differ by a sequence: a rank that lacks one still comes to the others' all-reduce.
+        batches.append((x_part, y_part, weight) if weight else (x[:1], y[:1], 0.0))
+    return batches
 
 
 def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
-    """Raise UserError unless each step's tokens can be cut into whole micro-batches for all ranks."""
-    wrong, factors = None, f"--block_size {block_size} x {ranks} ranks: change one of them"
-    micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
-    if config.batch_tokens % (micro_batch * block_size * ranks):
-        wrong = f"--batch_tokens {config.batch_tokens}"
-        if config.micro_batch != "auto":
-            factors = f"--micro_batch {micro_batch} x {factors}"
-    elif config.batch_ramp_steps and config.batch_ramp_from % (block_size * ranks):
-        wrong = f"--batch_ramp_from {config.batch_ramp_from}"
-    if wrong:
-        raise UserError(f"{wrong} is not a multiple of {factors}", status=2)
+    """Raise UserError unless each step's tokens are whole sequences, one for each rank at least."""
+    for name in ("batch_tokens", "batch_ramp_from") if config.batch_ramp_steps else ("batch_tokens",):
+        tokens = getattr(config, name)
+        if tokens % block_size:
+            raise UserError(f"--{name} {tokens} is not a multiple of --block_size {block_size}", status=2)
+        if tokens < block_size * ranks:
+            raise UserError(f"--{name} {tokens} is less than a sequence of {block_size} for each of {ranks} ranks", 2)
 
 
 # ---------------------------------------------------------------- optimisation
@@ -479,24 +482,21 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=world.device)
-    for i, (x, y) in enumerate(batches):
+    for i, (x, y, weight) in enumerate(batches):
         # Gradients add up over backward(); DDP averages them over ranks once, on the last micro-batch.
         # The context must hold the forward pass too.
         last = i == len(batches) - 1
         with nullcontext() if last or world.size == 1 else model.no_sync():
             with world.autocast():
-                loss = model(world.move(x), world.move(y)) / len(batches)
+                loss = model(world.move(x), world.move(y)) * weight
             loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     asked = torch.full_like(total, bool(requests))
     loss, norm, asked = world.mean(torch.stack([total, norm, asked])).tolist()  # the step's only wait
     if not math.isfinite(loss + norm):
-        raise UserError(
-            f"step {step}: loss {loss}, gradient norm {norm}; no weight was changed, and the newest "
-            "checkpoint is good: start from it in another --out_dir with "
-            f"--init_from {config.out_dir} and a lower --max_lr"
-        )
+        fix = f"start from the newest checkpoint in another --out_dir: --init_from {config.out_dir}, a lower --max_lr"
+        raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; no weight was changed: {fix}")
     for group in optimizer.param_groups:
         peak = group.setdefault("initial_lr", group["lr"])  # what make_optimizer() gave the group
         group["lr"] = learning_rate(step, config) * (peak / config.max_lr)
@@ -521,8 +521,9 @@ def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> 
     T = data.block_size
     n = min(len(data), max(1, config.val_tokens // T))
     mine = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-    losses = []
-    for i in range(0, len(mine), config.micro_batch):
+    losses, quiet = [], None if world.is_main else True
+    parts = range(0, len(mine), config.micro_batch)
+    for i in tqdm(parts, desc="validation", delay=5, leave=False, disable=quiet):  # None: unless no terminal sees it
         x, y = data.read(mine[i : i + config.micro_batch])
         losses.append(evaluation_loss(model, world.move(x), world.move(y), world) * len(x))
     mine_total = sum(torch.stack(losses).tolist()) if losses else 0.0
@@ -600,12 +601,6 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
         model.init_weights(config.seed, config.init_std, zero_residual=config.optimizer == "muon")
     else:
         model, step = load_model(config.init_from, gpt_config and gpt_config.block_size), 0
-    # Of 4 bytes each: a weight, its gradient, AdamW's two moments or Muon's one. And a gigabyte for the rest.
-    needed = (16 if config.optimizer == "adamw" else 12) * model.n_params + 1e9
-    if config.max_steps and needed > world.memory():
-        what = f"{model.n_params:,} parameters, their gradients and the optimiser's state take {needed / 1e9:.1f} GB"
-        fix = "take a smaller model or a larger GPU"
-        raise UserError(f"{what}, and the GPU has {world.memory() / 1e9:.1f}: {fix}")
     model.to(world.device)
     optimizer = make_optimizer(model, config)
     if state:
@@ -620,44 +615,67 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
     return model, optimizer, step
 
 
-def make_step_model(model: GPT, config: TrainConfig, world: World) -> nn.Module:
-    """What train_step() calls: the model, its weights shared, wrapped for several ranks and compiled."""
-    step_model: nn.Module = model
+def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: int, log: Log) -> tuple:
+    """What train_step() calls, and the config with the micro-batch that --micro_batch auto stands for.
+
+    The first shares the model's weights, is wrapped for several ranks and, if that works here, compiled.
+    """
+    world, T = log.world, model.config.block_size
+    plain: nn.Module = model
     model.recompute = config.recompute
     if world.size > 1:
         with warnings.catch_warnings(action="ignore"):  # torch 2.13 has another name for the last one, 2.11 not
-            step_model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+            plain = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         # One graph, not one for each bucket, whose all-reduce it would hide.
         torch._dynamo.config.optimize_ddp = False
-    if config.compile and world.can_compile():
-        step_model = torch.compile(step_model, dynamic=False)
-    return step_model
+    step_model = torch.compile(plain, dynamic=False) if config.compile else plain
+    size, seconds = config.micro_batch, 0.0
+    if size == "auto":
+        # A power of two, up to a rank's share; resumed, what it was: sums round alike.
+        share = max(1, config.batch_tokens // T // world.size)
+        size = min(128 if world.on_gpu else 64, 2 ** (share.bit_length() - 1))
+        size = log.last("micro_batch", "size", default=size) if start else size
 
-
-def fit_micro_batch(model: GPT, step_model: nn.Module, optimizer: Optimizer, largest: int, world) -> int:
-    """`largest`, halved until it fits the GPU."""
-    T = model.config.block_size
-
-    def first_step(size: int) -> None:
+    def first_step() -> None:
+        nonlocal seconds
         # Two tensors: of one that comes twice, torch.compile would make another graph.
-        x, y = (torch.zeros(size, T, dtype=torch.int64, device=world.device) for _ in range(2))
+        shape = (size if world.on_gpu else 1, T)
+        x, y = (torch.zeros(shape, dtype=torch.int64, device=world.device) for _ in range(2))
         states = 0 if optimizer.state else 2  # as many as AdamW will keep
         _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(states)]
         try:
-            # Without DDP's all-reduce, for which a rank that is out of memory would never come.
-            with nullcontext() if world.size == 1 else step_model.no_sync():
+            # Without DDP's all-reduce, for which a rank that fails would never come.
+            with nullcontext() if world.size == 1 else plain.no_sync():
                 for _ in range(2):  # the second time beside the gradients of the first
+                    began = time.perf_counter()
                     with world.autocast():
                         loss = step_model(x, y)
                     loss.backward()
+                    seconds = time.perf_counter() - began
             evaluation_loss(model, x, y, world)
         finally:
             model.zero_grad(set_to_none=True)
 
-    size = world.largest_that_fits(largest, first_step)
-    if not size:
-        raise UserError("out of memory: not one sequence fits this GPU: take --recompute, or a smaller model")
-    return size
+    while start < config.max_steps:
+        error = world.attempt(first_step)
+        if error is None:
+            break
+        if isinstance(error, MemoryError) and config.micro_batch == "auto" and size > 1:
+            size //= 2
+        elif isinstance(error, MemoryError):
+            fix = "take a smaller --micro_batch, --recompute, or a smaller model"
+            raise UserError(f"out of memory: sequences by {size} are too much for this GPU: {fix}")
+        elif step_model is plain:
+            raise error
+        else:  # each backend has errors of its own
+            warn(f"torch.compile does not work here, continuing without it ({one_line(error)})")
+            step_model = plain
+    minutes = seconds * config.batch_tokens / T / world.size / 60
+    if minutes > 1 and not world.on_gpu:
+        warn(f"no GPU: on this CPU a step takes about {minutes:,.0f} minutes; --demo is made for one")
+    if config.micro_batch == "auto":
+        log.write("micro_batch", start, f"micro-batches of {size} sequences", size=size)
+    return step_model, dataclasses.replace(config, micro_batch=size)
 
 
 def due(step: int, every: int, config: TrainConfig) -> bool:
@@ -684,8 +702,10 @@ def measure(step, model: GPT, val_data, examples, config, sample_config, log: Lo
         log.draw_curves()
     sampling = log.world.is_main and not requests and step > 0
     if sampling and due(step, config.sample_every, config):
-        for text in sample_texts(model, sample_config, config.seed, log.world):
+        texts = sample_texts(model, sample_config, config.seed, log.world)
+        for text in texts:
             log.world.say(f"step {step:5d} | sample: {text}")
+        log.write("sample", step, texts=texts)
 
 
 def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, world: World) -> None:
@@ -707,57 +727,43 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     val_data = examples = None
     if config.eval_every:
         val_data = Sequences(config.data_dir, "val", T, token_ids)
-    log = Log(config.out_dir, world)
-    log.begin(start, model, data, config, sample_config)
-    if config.hellaswag_every:
-        examples = hellaswag.load_or_warn(config.hellaswag_data, model.config, world)
+    with closing(Log(config.out_dir, world)) as log:
+        log.begin(start, model, data, config, sample_config)
+        if config.hellaswag_every:
+            examples = hellaswag.load_or_warn(config.hellaswag_data, model.config, world)
 
-    steps = range(start + 1, config.max_steps + 1)
-    step_model = make_step_model(model, config, world) if steps else model
-    if config.micro_batch == "auto":
-        # The largest power of two that divides a rank's sequences; resumed, what it was: sums round alike.
-        largest = 128 if world.on_gpu else 64
-        if start:
-            largest = log.last("micro_batch", "size", default=largest)
-        size = math.gcd(largest, config.batch_tokens // T // world.size)
-        if steps and world.on_gpu:
-            size = fit_micro_batch(model, step_model, optimizer, size, world)
-        config = dataclasses.replace(config, micro_batch=size)
-        log.write("micro_batch", start, f"micro-batches of {size} sequences", size=size)
+        step_model, config = prepare_step(model, optimizer, config, start, log)
 
-    # Measure the untrained model, or what a run that was stopped has left out.
-    requests: list[float] = []  # to stop: the times of signals
-    look = partial(measure, model=model, val_data=val_data, examples=examples, config=config,
-                   sample_config=sample_config, log=log, requests=requests)  # fmt: skip
-    every = {"val": config.eval_every, "hellaswag": config.hellaswag_every if examples else 0}
-    due_now = [event for event, n in every.items() if due(start, n, config)]
-    if start == 0 or log.lacks(due_now, start):
+        # Measure the untrained model, or, again, what a run that was stopped may have left out.
+        requests: list[float] = []  # to stop: the times of signals
+        look = partial(measure, model=model, val_data=val_data, examples=examples, config=config,
+                       sample_config=sample_config, log=log, requests=requests)  # fmt: skip
         look(start)
 
-    # Loop over steps: train, log, save, measure. Threads read the next steps' batches meanwhile.
-    batches = prefetch(lambda step: step_batches(step, data, config, world.rank, world.size), steps)
-    saves = config.save_every + config.keep_every > 0
-    with listen_for_stop(requests, world) as alive:
-        # A step's time begins with the end of the step before, whose update a GPU has only just begun.
-        began = time.perf_counter()
-        for step in steps:
-            loss, norm, stop = train_step(step_model, optimizer, next(batches), step, config, world, requests)
-            ended = time.perf_counter()
-            stop = stop or (world.size == 1 and len(requests) > 0)  # which may have come during the wait
-            alive(math.inf if stop else 0)
-            left = tokens_before(steps.stop, config) - tokens_before(step + 1, config)
-            log.train(step, loss, norm, learning_rate(step, config), tokens_of(step, config), ended - began, left)
-            paused = time.perf_counter()
-            keep = config.keep_every > 0 and step % config.keep_every == 0
-            if world.is_main and (keep or due(step, config.save_every, config) or (stop and saves)):
-                checkpoint.save(model, optimizer, step, config)
-            if stop:
-                saved = "saved" if saves else "not saved, as --save_every is 0"
-                world.say(f"stopped after step {step}, as asked; {saved}: the same command resumes")
-                break
-            look(step)
-            alive()
-            began = ended + time.perf_counter() - paused  # saving and measuring are left out
+        # Loop over steps: train, log, save, measure. Threads read the next steps' batches meanwhile.
+        steps = range(start + 1, config.max_steps + 1)
+        batches = prefetch(lambda step: step_batches(step, data, config, world.rank, world.size), steps)
+        with listen_for_stop(requests, world) as alive:
+            # A step's time begins with the end of the step before, whose update a GPU has only just begun.
+            began = time.perf_counter()
+            for step in steps:
+                loss, norm, stop = train_step(step_model, optimizer, next(batches), step, config, world, requests)
+                ended = time.perf_counter()
+                stop = stop or (world.size == 1 and len(requests) > 0)  # which may have come during the wait
+                alive(math.inf if stop else 0)
+                left = tokens_before(steps.stop, config) - tokens_before(step + 1, config)
+                lr, tokens = learning_rate(step, config), tokens_of(step, config)
+                log.train(step, loss, norm, lr, tokens, ended - began, left)
+                paused = time.perf_counter()
+                keep = config.keep_every > 0 and step % config.keep_every == 0
+                if world.is_main and (keep or stop or due(step, config.save_every, config)):
+                    checkpoint.save(model, optimizer, step, config)
+                if stop:
+                    world.say(f"stopped after step {step}, as asked; saved: the same command resumes")
+                    break
+                look(step)
+                alive()
+                began = ended + time.perf_counter() - paused  # saving and measuring are left out
     world.say(f"the log, its curves and the checkpoints are in {config.out_dir}")
 
 

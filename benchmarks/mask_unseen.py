@@ -25,7 +25,7 @@ import torch
 from fineweb import demo_documents
 from support.tokens import encode_document
 from support.world import World
-from train_gpt2 import DEMO, GPT, GPTConfig, TrainConfig, make_optimizer, make_step_model, train_step
+from train_gpt2 import DEMO, GPT, GPTConfig, TrainConfig, make_optimizer, train_step
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
 
@@ -36,7 +36,8 @@ def make_side(shape: GPTConfig, token_ids: list[int] | None, compile: bool, batc
     model, config = GPT(shape), TrainConfig(compile=compile, optimizer=optimizer)
     if token_ids:
         model.allow(token_ids)
-    optimizer, step_model = make_optimizer(model, config), make_step_model(model, config, CPU)
+    optimizer = make_optimizer(model, config)
+    step_model = torch.compile(model, dynamic=False) if compile else model
 
     def step() -> float:
         began = time.perf_counter()

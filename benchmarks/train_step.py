@@ -160,7 +160,7 @@ class Trainer:
             model.allow(fineweb.find_token_ids(config.data_dir, work.shape.n_vocab))
         self.model = (Transformers(model) if side.model == "transformers" else model).to(world.device)
         self.optimizer = train_gpt2.make_optimizer(self.model, config)
-        self.step_model = train_gpt2.make_step_model(self.model, config, world)
+        self.step_model = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.data = self.sequences("train")
         load = partial(train_gpt2.step_batches, data=self.data, config=config, rank=0, size=1)
         self.batches, self.step = prefetch(load, count(1)), 0
@@ -188,7 +188,7 @@ class Trainer:
 
     def gradient(self) -> tuple[float, np.ndarray]:
         """Loss and gradient, in one vector, of the first micro-batch at the weights as they are."""
-        x, y = train_gpt2.step_batches(1, self.data, self.config, 0, 1)[0]
+        x, y, _ = train_gpt2.step_batches(1, self.data, self.config, 0, 1)[0]
         self.optimizer.zero_grad(set_to_none=True)
         with self.world.autocast(), self.kernels():
             loss = self.step_model(self.world.move(x), self.world.move(y))

@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from support.cli import UserError, as_flag, one_line, warn
 from support.files import whole_file
@@ -29,17 +30,6 @@ def find(out_dir: str) -> list[Path]:
     return sorted((Path(out_dir, name) for name in names if re.fullmatch(r"ckpt_\d+\.pt", name)), key=step_of)
 
 
-def on_cpu(value, copies: dict[tuple, torch.Tensor]):
-    """Nested dicts and lists, their tensors on the CPU, so that any machine loads them; tied ones stay tied."""
-    if isinstance(value, dict):
-        return {key: on_cpu(each, copies) for key, each in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(each, copies) for each in value]
-    if isinstance(value, torch.Tensor):
-        return copies.setdefault((value.data_ptr(), value.shape, value.dtype), value.cpu())
-    return value
-
-
 def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, config) -> None:
     """Write ckpt_STEP.pt, then delete older ones but the last and those of --keep_every."""
     path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
@@ -49,7 +39,9 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, co
              "GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}  # fmt: skip
     if config.mask_unseen:
         state["token_ids"] = model.token_ids.tolist()
-    state = on_cpu(state, {})
+    # On the CPU, so that any machine loads them; tied ones stay tied.
+    copies: dict[tuple, torch.Tensor] = {}
+    state = tree_map_only(torch.Tensor, lambda t: copies.setdefault((t.data_ptr(), t.shape), t.cpu()), state)
     with whole_file(path) as file:
         try:
             torch.save(state, file)
@@ -70,10 +62,8 @@ def read(path: Path) -> dict[str, Any]:
             if damaged:
                 raise ValueError(f"{damaged} in it is damaged")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, PermissionError, FileNotFoundError):
-        raise
     except Exception as error:  # a damaged pickle stream raises any of a dozen kinds
-        if "allocate memory" in str(error):
+        if isinstance(error, MemoryError | PermissionError | FileNotFoundError) or "allocate memory" in str(error):
             raise
         why = one_line(error)
         if isinstance(error, UnpicklingError | zipfile.BadZipFile):  # torch's words advise to run the file's code
@@ -107,12 +97,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
     """Raise UserError, naming the fields, if a run had other settings; without gpt_config, any shape will do."""
+    saved = {"order": "numpy"} | state["GPTConfig"] | state["TrainConfig"]  # runs of before had no --order
     found, flags, extend = [], [], ""
     for now in (config, gpt_config) if gpt_config else (config,):
-        saved = state[type(now).__name__]
         for f in dataclasses.fields(now):
-            older = "numpy" if f.name == "order" else f.default  # what runs had that knew no such field
-            was, value = saved.get(f.name, older), getattr(now, f.name)
+            was, value = saved.get(f.name, f.default), getattr(now, f.name)
             if value == was or not f.metadata["fixed"]:
                 continue
             if now is gpt_config and config.init_from != "scratch" and f.name != "block_size":

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import os
 import re
 import shlex
@@ -10,6 +9,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -32,10 +32,16 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
+def say(text: str, file=None) -> None:
+    """Print a line. A terminal or a pipe that is gone ends no run: the log is the record."""
+    with suppress(OSError):
+        print(text, file=file, flush=True)
+
+
 def warn(message: str) -> None:
     """Print a warning, once for all ranks."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        say(f"warning: {message}", sys.stderr)
 
 
 def exit_status(main: Callable[[], None], program: str) -> int:
@@ -58,13 +64,14 @@ def exit_status(main: Callable[[], None], program: str) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         program += f" [rank {os.environ.get('RANK')}]"
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    say(f"{program}: {line}", sys.stderr)
     return status
 
 
 def run_script(main: Callable[[], None], program: str) -> NoReturn:
     """End the process with main()'s exit_status(), without a wait for threads that download or hang."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     try:
         status = exit_status(main, program)
     except KeyboardInterrupt:  # a second one
@@ -72,9 +79,19 @@ def run_script(main: Callable[[], None], program: str) -> NoReturn:
     except Exception:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
+
+
+# What people write who come from other scripts, as in the parser's message, and what it is here.
+HINTS = {
+    "--(lr|learning_rate)": "it is --max_lr",
+    "--(batch_size|grad_accum)": "give --batch_tokens for a step, --micro_batch for a pass; accumulation follows",
+    "--(epochs|max_iters|num_steps)": "give --max_steps",
+    "--model": "give --init_from, or the shape by --n_layer, --n_head and --n_embd",
+    r"arguments: \S+\.pt": "a run resumes by itself; other weights are taken by --init_from FILE",
+    "(?i)arguments: (true|false|yes|no|0|1)": "a switch has no value: --compile, or --no-compile",
+    "arguments: [^-]": "a text to go on from is given by --prompt, in quotes",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,7 +102,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, f"{prog} [flags]", doc, epilog, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)", status=2)
+        hints = [hint for words, hint in HINTS.items() if re.search(rf"{words}\b", message)]
+        raise UserError(f"{message} ({(hints or ['see --help'])[0]})", status=2)
+
+
+def whole_number(text: str) -> int:
+    """A number that is written as 1000000 or 1e6."""
+    if float(text) % 1:
+        raise ValueError
+    return int(float(text))
+
+
+def whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else whole_number(text)
 
 
 def option(default, help: str, min=None, fixed: bool = False):
@@ -99,36 +128,34 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, least = getattr(self, f.name), f.metadata["min"]
-            if value == "auto":
+            if least is None or value == "auto":
                 continue
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{f.name} {value} must be a finite number")
-            if isinstance(value, int) and value >= 2**32:
-                raise ValueError(f"--{f.name} {value} must be below 2**32")
-            if least is not None and value < least:
-                raise ValueError(f"--{f.name} {value} must be at least {least}")
+            if not least <= value < 2**32:  # nan isn't, either
+                raise ValueError(f"--{f.name} {value} must be at least {least}, and below 2**32")
         self.check()
 
     def check(self):
         """Check what involves several fields."""
 
 
-def int_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-int_or_auto.__name__ = "int, or auto"  # in the parser's messages
-
-
-def as_typed(default) -> str:
-    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
-
-
 def as_flag(name: str, value) -> str:
     """How a command line says that a field has this value."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {shlex.quote(as_typed(value))}"
+    return f"--{name} {shlex.quote(str(value))}"
+
+
+def how_to_parse(kind) -> dict[str, Any]:
+    """Arguments of add_argument() for a field of this type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if kind is int:
+        return {"type": whole_number, "metavar": "N"}
+    if kind == int | Literal["auto"]:
+        return {"type": whole_or_auto, "metavar": "N"}
+    if get_args(kind):  # of a Literal
+        return {"choices": get_args(kind)}
+    return {"type": kind, "metavar": {float: "FLOAT", str: "TEXT"}[kind]}
 
 
 def parse_configs(argv: list[str] | None, doc: str, presets: dict, kinds: dict) -> tuple[dict[str, Any], list]:
@@ -136,15 +163,15 @@ def parse_configs(argv: list[str] | None, doc: str, presets: dict, kinds: dict) 
 
     Presets, {(flag, value): defaults}, apply if that flag has that value; later ones override.
     """
-    epilog = """A run resumes with the settings it began with. Free to change: folders, device, dtype, compile, ranks,
---micro_batch, what is measured, sampled and saved and when, and, with --extend, a larger --max_steps.
+    epilog = """A run resumes with the settings it began with. Free to change: folders, device,
+dtype, compile, ranks, --micro_batch, what is measured, sampled and saved and
+when, and, with --extend, a larger --max_steps.
 
 What these flags change, unless other flags say otherwise:
 """
     for preset, defaults in presets.items():
         changes = " ".join(as_flag(name, value) for name, value in defaults.items())
-        text = f"{as_flag(*preset)}: {changes}"
-        epilog += textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+        epilog += textwrap.fill(f"{as_flag(*preset)}: {changes}", 78, break_on_hyphens=False) + "\n"
     parser = Parser("train_gpt2.py", doc, epilog)
     modes = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
@@ -152,16 +179,8 @@ What these flags change, unless other flags say otherwise:
     for title, kind in kinds.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(kind):
-            how: dict[str, Any] = {"type": f.type, "metavar": "X"}
-            if f.type == int | Literal["auto"]:
-                how["type"] = int_or_auto
-            elif f.type is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            elif get_args(f.type):  # of a Literal
-                how = {"choices": get_args(f.type)}
-            default = as_typed(f.default)
-            text = f.metadata["help"] + (f" (default: {default})" if default else "")
-            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+            text = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how_to_parse(f.type))
     flags = vars(parser.parse_args(argv))
     if flags["export"] and os.path.lexists(flags["export"]):
         raise UserError(f"--export {flags['export']}: that is there already, name a folder that isn't", 2)

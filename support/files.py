@@ -2,17 +2,16 @@
 
 import csv
 import errno
-import fcntl
 import lzma
 import os
-import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 # What reading a damaged or foreign file may raise, in any of the formats.
@@ -41,24 +40,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears at `path` complete or not at all; OSError if one is there."""
-    temporary = path.with_name(f".{path.name}.unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
-    parent = os.open(path.parent, os.O_RDONLY)
-    with suppress(OSError):  # not every file system has locks
-        fcntl.flock(parent, fcntl.LOCK_EX)  # two that fill a folder here take turns
-    try:
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        folder = Path(temporary, path.name)
+        folder.mkdir()
+        yield folder
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "already there", str(path))
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed run's
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(parent)
+        folder.rename(path)
 
 
 def prefetch(function: Callable, arguments: Iterable, ahead: int = 3, pool: Executor | None = None) -> Iterator:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from support.cli import UserError, one_line, warn
+from support.cli import UserError, one_line, say
 
 # Seconds for a rank on CUDA to end its step after a signal; torchrun kills ten seconds later.
 PATIENCE = max(5, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 10)
@@ -95,39 +95,23 @@ class World:
         """Whether the value is true on some rank."""
         return self.sum(bool(value))[0] > 0
 
-    def memory(self) -> float:
-        """Bytes of the GPU; infinity elsewhere, as what is short there goes to the disk."""
-        return torch.cuda.get_device_properties(self.device).total_memory if self.on_gpu else math.inf
-
-    def largest_that_fits(self, size: int, attempt: Callable[[int], None]) -> int:
-        """`size`, halved until no rank runs out of GPU memory in attempt(size); 0 if 1 is too much."""
-
-        def fails() -> bool:
-            try:
-                attempt(size)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; Triton and cuBLAS have none of their own
-                if not re.search("out of memory|ALLOC_FAILED", str(error)):
-                    raise
-                return True
-            return False
-
-        while size and self.any(fails()):
-            torch.cuda.empty_cache()  # only now: the error held what it had got
-            size //= 2
-        return size
+    def attempt(self, function: Callable[[], None]) -> Exception | None:
+        """What function() raised, on this rank or another; MemoryError if it was too much for the GPU of any."""
+        error, short = None, False
+        try:
+            function()
+        except Exception as raised:  # Triton and cuBLAS have no exception of their own for this
+            short = bool(re.search("out of memory|ALLOC_FAILED", str(raised)))
+            error = None if short else raised  # its traceback would hold tensors
+        too_much, failed = self.sum(short, error is not None)  # all ranks must come here
+        if too_much:
+            torch.cuda.empty_cache()
+            return MemoryError()
+        return error or (RuntimeError("it failed on another rank") if failed else None)
 
     def say(self, text: str) -> None:
         if self.is_main:
-            print(text, flush=True)
-
-    def can_compile(self) -> bool:
-        """Whether torch.compile finds its tools, a C++ compiler or Triton; else a warning."""
-        try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
-            return True
-        except Exception as error:  # each backend has errors of its own for this
-            warn(f"torch.compile does not work here, continuing without it ({one_line(error)})")
-            return False
+            say(text)
 
 
 def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
@@ -169,8 +153,7 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
-        # Not rounded to TF32: what autocast leaves in float32 are the logits that published losses are made of.
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is for logits that are exact
     if dtype_name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype_name}: take auto, bfloat16 or float32", status=2)
     if dtype_name == "auto":
@@ -179,18 +162,13 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
     if size == 1:
         yield world
         return
-    store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        # Restarted ranks meet in the old ranks' store, so they need a prefix on which all of them agree
-        # (github.com/pytorch/pytorch/issues/135712). On several machines each agent counts restarts itself.
-        if local_size < size:
-            fix = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
-            raise UserError(f"torchrun's --max-restarts doesn't work on several machines: {fix}")
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        # Restarted ranks would meet in the old ranks' store (github.com/pytorch/pytorch/issues/135712).
+        fix = "set the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        raise UserError(f"torchrun's --max-restarts doesn't work: {fix}")
     backend, device_id = ("nccl", device) if on_cuda else ("gloo", None)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+        dist.init_process_group(backend, rank=rank, world_size=size, device_id=device_id)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other ranks ({one_line(error)}): start them with torchrun") from None
     try:

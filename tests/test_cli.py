@@ -109,7 +109,7 @@ def test_without_shards_the_default_command_says_what_to_run(tmp_path):
         ("--batch_tokens 0", "--batch_tokens 0"),
         ("--batch_tokens -524288", "--batch_tokens -524288"),
         ("--micro_batch 0", "--micro_batch 0"),
-        ("--micro_batch 3", "--micro_batch 3"),
+        ("--micro_batch some", "some"),
         ("--block_size 0", "--block_size 0"),
         ("--vocab_size 0", "--vocab_size 0"),
         ("--n_layer 0", "--n_layer 0"),

@@ -25,8 +25,8 @@ HASHED = [8, 9, 6, 2, 0, 7, 4, 3, 5, 1, 3, 5, 9, 4, 0, 1, 8, 2, 6, 7]  # two epo
 def global_batch(step, data, ranks, micro_batch, config=CONFIG):
     """Inputs and targets of all ranks in order, and the shapes of the micro-batches."""
     config = TrainConfig(batch_tokens=config.batch_tokens, micro_batch=micro_batch, seed=config.seed)
-    batches = [pair for rank in range(ranks) for pair in step_batches(step, data, config, rank, ranks)]
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]), [len(x) for x, _ in batches]
+    batches = [part for rank in range(ranks) for part in step_batches(step, data, config, rank, ranks)]
+    return torch.cat([x for x, _, _ in batches]), torch.cat([y for _, y, _ in batches]), [len(x) for x, _, _ in batches]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (1, 1), (2, 2), (2, 4), (4, 1), (8, 1)])
@@ -234,12 +234,28 @@ def test_an_id_beyond_the_vocabulary_names_the_shard(tmp_path):
         data.read(range(12))
 
 
-def test_an_indivisible_batch_is_refused_with_its_numbers():
-    check_batch(TrainConfig(), 1024, 8)
-    numbers = "--batch_tokens 524288 is not a multiple of --micro_batch 48 x --block_size 1024 x 8 ranks: change"
-    with pytest.raises(UserError, match=numbers) as error:
-        check_batch(TrainConfig(micro_batch=48), 1024, 8)
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(3, 8), (3, 2), (3, 1), (5, 1), (7, 4), (1, 3), (2, 3)])
+def test_ranks_and_micro_batches_that_do_not_divide_the_batch_share_it_by_weights(shards, ranks, micro_batch):
+    data = sequences(shards, "train")
+    config = TrainConfig(batch_tokens=128, micro_batch=micro_batch)
+    x, y, _ = step_batches(2, data, TrainConfig(batch_tokens=128, micro_batch=8), 0, 1)[0]
+    shares = [step_batches(2, data, config, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1  # all come to the same collectives
+    parts = [part for share in shares for part in share]
+    assert torch.equal(torch.cat([part[0] for part in parts if part[2]]), x)
+    assert torch.equal(torch.cat([part[1] for part in parts if part[2]]), y)
+    assert all(1 <= len(part[0]) <= micro_batch for part in parts)
+    assert [weight for _, _, weight in parts if weight] == [len(p[0]) * ranks / 8 for p in parts if p[2]]
+    assert sum(weight for _, _, weight in parts) == pytest.approx(ranks)
+
+
+def test_a_batch_that_is_no_whole_sequences_or_too_few_for_the_ranks_is_refused_with_its_numbers():
+    check_batch(TrainConfig(micro_batch=48), 1024, 7)
+    with pytest.raises(UserError, match="--batch_tokens 524288 is not a multiple of --block_size 1000") as error:
+        check_batch(TrainConfig(), 1000, 8)
     assert error.value.status == 2
+    with pytest.raises(UserError, match="--batch_tokens 2048 is less than a sequence of 1024 for each of 3 ranks"):
+        check_batch(TrainConfig(batch_tokens=2048), 1024, 3)
 
 
 @pytest.mark.parametrize("val_tokens", [16, 100, 160, 10**9])

@@ -260,7 +260,7 @@ def test_a_checkpoint_a_renamed_one_and_the_folder_of_a_run_are_models(shards, t
     elif what != "folder":
         source = (tmp_path / "log" / "ckpt_000004.pt").rename(tmp_path / what)
     else:
-        assert_same(dict(load_model(str(source)).state_dict()), newest(source)["model"])
+        assert_same(dict(load_model(str(source)).state_dict()), dict(newest(source)["model"]))
     status, out, err = alone(source, write(tmp_path / "rows.jsonl", ROWS))
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["model"] == str(source)

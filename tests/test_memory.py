@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from support import cpu, world
 from support.log import Log, read_log
 from support.loss import CrossEntropySum
 from support.world import World, join_world, listen_for_stop
-from train_gpt2 import GPT, TrainConfig, evaluate, fit_micro_batch, make_optimizer, train_step
+from train_gpt2 import GPT, TrainConfig, evaluate, make_optimizer, prepare_step, train_step
 
 CUDA = World(rank=1, size=2, device=torch.device("cuda"), dtype=torch.bfloat16)
 BFLOAT16 = World(rank=0, size=1, device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -41,54 +42,55 @@ BFLOAT16 = World(rank=0, size=1, device=torch.device("cpu"), dtype=torch.bfloat1
 # ---------------------------------------------------------------- micro-batch
 
 
-class OutOfMemoryAbove(torch.nn.Module):
-    """A model that runs out of GPU memory with more than so many sequences."""
+class Gpu(World):
+    """A World that behaves as on a GPU, and computes on the CPU."""
 
-    def __init__(self, model: GPT, most: int):
-        super().__init__()
-        self.model, self.most, self.tried = model, most, []
-
-    def forward(self, x, y):
-        self.tried.append(len(x))
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.model(x, y)
+    on_gpu = True
 
 
-def fitted(most: int, batch_tokens: int = 256 * 16) -> tuple[int, list[int]]:
+def fitted(folder, most: int, batch_tokens: int = 256 * 16, error=None, **changes) -> tuple[int, list[int]]:
     """What is chosen on a GPU with room for so many sequences, and what was tried."""
-    model, config = GPT(TINY), TrainConfig(batch_tokens=batch_tokens)
-    step_model = OutOfMemoryAbove(model, most)
-    largest = math.gcd(128, batch_tokens // TINY.block_size)
-    size = fit_micro_batch(model, step_model, make_optimizer(model, config), largest, CPU)
+    model, tried = GPT(TINY), []
+    config = TrainConfig(batch_tokens=batch_tokens, compile=False, **changes)
+
+    def forward(x, y):
+        tried.append(len(x))
+        if len(x) > most:
+            raise error or torch.OutOfMemoryError("CUDA out of memory")
+        return GPT.forward(model, x, y)
+
+    model.forward = forward
+    log = Log(folder, Gpu(0, 1, CPU.device, CPU.dtype))
+    step_model, fit = prepare_step(model, make_optimizer(model, config), config, 0, log)
+    assert step_model is model
     assert all(p.grad is None for p in model.parameters())
-    return size, step_model.tried
+    return fit.micro_batch, tried
 
 
-def test_auto_takes_the_largest_power_of_two_that_fits():
-    assert fitted(1000) == (128, [128, 128])  # two micro-batches, of which the second adds to gradients
-    assert fitted(127) == (64, [128, 64, 64])
-    assert fitted(5) == (4, [128, 64, 32, 16, 8, 4, 4])
-    assert fitted(1000, batch_tokens=24 * 16) == (8, [8, 8])  # a divisor of 24
+def test_auto_takes_the_largest_power_of_two_that_fits(tmp_path):
+    assert fitted(tmp_path / "a", 1000) == (128, [128, 128])  # the second adds to gradients
+    assert fitted(tmp_path / "b", 127) == (64, [128, 64, 64])
+    assert fitted(tmp_path / "c", 5) == (4, [128, 64, 32, 16, 8, 4, 4])
+    assert fitted(tmp_path / "d", 1000, batch_tokens=24 * 16) == (16, [16, 16])  # of a rank's 24
 
 
-def test_auto_counts_an_evaluation_too(monkeypatch):
+def test_auto_counts_an_evaluation_too(monkeypatch, tmp_path):
     def evaluation(model, x, y, world):
         if len(x) > 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_gpt2, "evaluation_loss", evaluation)
-    assert fitted(1000)[0] == 32
+    assert fitted(tmp_path, 1000)[0] == 32
 
 
-def test_libraries_that_have_no_exception_of_their_own_are_understood():
-    def attempt(size: int) -> None:
-        if size > 2:
-            raise RuntimeError("Triton Error [CUDA]: out of memory" if size > 8 else "CUBLAS_STATUS_ALLOC_FAILED")
+@pytest.mark.parametrize("text", ["Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_libraries_that_have_no_exception_of_their_own_are_understood(tmp_path, text):
+    assert fitted(tmp_path, 8, error=RuntimeError(text))[0] == 8
 
-    assert CPU.largest_that_fits(32, attempt) == 2
-    with pytest.raises(RuntimeError, match="shape"):
-        CPU.largest_that_fits(32, lambda size: torch.zeros(2).view(3))
+
+def test_another_error_in_the_first_step_keeps_its_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match="shape of mine"):
+        fitted(tmp_path, 0, error=RuntimeError("shape of mine"))
 
 
 def test_a_resumed_run_keeps_its_micro_batch(shards, tmp_path):
@@ -104,13 +106,14 @@ def test_a_resumed_run_keeps_its_micro_batch(shards, tmp_path):
     assert list(read_log(path)["micro_batch"].values())[-1]["size"] == 8
 
 
-def test_where_not_one_sequence_fits_the_line_says_what_to_do():
-    with pytest.raises(train_gpt2.UserError, match="--recompute"):
-        fitted(0)
+def test_where_not_one_sequence_fits_the_line_says_what_to_do(tmp_path):
+    with pytest.raises(train_gpt2.UserError, match="sequences by 1 are too much for this GPU: .*--recompute"):
+        fitted(tmp_path / "auto", 0)
+    with pytest.raises(train_gpt2.UserError, match="sequences by 8 are too much for this GPU: .*--micro_batch"):
+        fitted(tmp_path / "eight", 4, micro_batch=8)
 
 
-def test_on_a_cpu_auto_tries_nothing_and_is_logged(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "fit_micro_batch", None)
+def test_on_a_cpu_auto_tries_one_sequence_and_is_logged(shards, tmp_path):
     flags = tiny_flags(shards, tmp_path / "auto", micro_batch="auto")
     assert run_train(flags) == 0
     assert [entry["size"] for entry in read_log(tmp_path / "auto" / "log.jsonl")["micro_batch"].values()] == [8]
@@ -122,15 +125,17 @@ def agree(rank: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
 
-    def attempt(size: int) -> None:
-        if size > (16, 4)[rank]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def attempt(error: Exception) -> None:
+        if rank == 1:
+            raise error
 
     with join_world("cpu", "float32") as world:
-        assert world.largest_that_fits(64, attempt) == 4
+        assert isinstance(world.attempt(partial(attempt, torch.OutOfMemoryError("CUDA out of memory"))), MemoryError)
+        assert isinstance(world.attempt(partial(attempt, ValueError("mine"))), (RuntimeError, ValueError)[rank])
+        assert world.attempt(lambda: None) is None
 
 
-def test_all_ranks_take_the_smallest_of_what_fits():
+def test_what_fails_on_one_rank_fails_on_all():
     port = free_port()
     processes = [forkserver().Process(target=be_a_child, args=(agree, (r, port), None, os.devnull)) for r in (0, 1)]
     for process in processes:
@@ -138,12 +143,6 @@ def test_all_ranks_take_the_smallest_of_what_fits():
     for process in processes:
         end(process, 60)
         assert process.exitcode == 0
-
-
-def test_what_no_gpu_of_this_size_can_train_is_refused_before_it_is_moved_there(shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(World, "memory", lambda world: 1e5)
-    assert run_train(tiny_flags(shards, tmp_path / "log")) == 1
-    assert "state take 1.0 GB, and the GPU has 0.0: take a smaller model" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- bytes
@@ -267,7 +266,7 @@ def test_the_clock_runs_from_one_steps_end_to_the_next_without_what_is_saved_and
 
 def test_the_step_tells_whether_a_rank_was_asked_to_stop(shards):
     model, config = GPT(TINY), TrainConfig(batch_tokens=64, micro_batch=4)
-    batches = [sequences(shards, "train").read(range(4))]
+    batches = [(*sequences(shards, "train").read(range(4)), 1.0)]
     for requests in ([], [1.0]):
         result = train_step(model, make_optimizer(model, config), batches, 1, config, CPU, requests)
         assert result[2] is bool(requests)
