@@ -80,7 +80,7 @@ class TrainConfig(Config):
     out_dir: str = option("log", "folder for log.jsonl, curves.png and the checkpoints")
     seed: int = option(1337, "for initial weights, data order, samples", min=0, fixed=True)
     device: str = option("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "bfloat16 or float32; auto: the first if the device multiplies in it")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "bfloat16 if the device multiplies in it")
     compile: bool = option(True, "use torch.compile for the training step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices", fixed=True)
     order: Literal["hashed", "numpy"] = option("hashed", "numpy: to resume older runs", fixed=True)

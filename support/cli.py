@@ -61,8 +61,8 @@ def exit_status(main: Callable[[], None], program: str) -> int:
             raise
         fix = "take smaller batches (--micro_batch; --num_samples to sample) or a smaller model"
         message, status = f"out of memory: {fix} ({one_line(error)})", 1
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        program += f" [rank {os.environ.get('RANK')}]"
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1":
+        program += f" [rank {os.environ['RANK']}]"
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
     say(f"{program}: {line}", sys.stderr)
     return status
@@ -70,7 +70,7 @@ def exit_status(main: Callable[[], None], program: str) -> int:
 
 def run_script(main: Callable[[], None], program: str) -> NoReturn:
     """End the process with main()'s exit_status(), without a wait for threads that download or hang."""
-    if sys.stdout:
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it, and a closed one is None
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     try:
         status = exit_status(main, program)
@@ -79,6 +79,8 @@ def run_script(main: Callable[[], None], program: str) -> NoReturn:
     except Exception:
         traceback.print_exc()
         status = 1
+    if "IPython" in sys.modules:  # by %run, whose process goes on
+        sys.exit(status)
     os._exit(status)
 
 
@@ -155,7 +157,9 @@ def how_to_parse(kind) -> dict[str, Any]:
         return {"type": whole_or_auto, "metavar": "N"}
     if get_args(kind):  # of a Literal
         return {"choices": get_args(kind)}
-    return {"type": kind, "metavar": {float: "FLOAT", str: "TEXT"}[kind]}
+    if kind is float:
+        return {"type": float, "metavar": "FLOAT"}
+    return {"type": os.path.expanduser, "metavar": "TEXT"}  # as a shell leaves ~ alone in --out_dir=~/x
 
 
 def parse_configs(argv: list[str] | None, doc: str, presets: dict, kinds: dict) -> tuple[dict[str, Any], list]:

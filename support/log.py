@@ -70,7 +70,7 @@ class Log:
         peak = peak_flops(world.device, world.dtype)
         self.mfu_of_a_token = model.flops_per_token() / (peak * world.size) if peak else None
         self.max_steps = config.max_steps
-        short = config.max_steps <= 2000 or sys.stdout.isatty()
+        short = config.max_steps <= 2000 or (sys.stdout and sys.stdout.isatty())
         self.print_every = config.print_every or (1 if short else 10)
         facts = {
             "torch": torch.__version__, "device": device, "world_size": world.size,

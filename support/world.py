@@ -23,6 +23,9 @@ from support.cli import UserError, one_line, say
 # Seconds for a rank on CUDA to end its step after a signal; torchrun kills ten seconds later.
 PATIENCE = max(5, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 10)
 
+# SIGHUP comes from a terminal that closes, SIGUSR1 from Slurm before the end of a job's time.
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets; matched as whole words.
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "B200": 2250,
@@ -147,15 +150,19 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
 
     The dtype "auto" is bfloat16 where the device multiplies in it; on a CPU for training alone.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    try:
+        rank, size, local_rank, local_size = (int(os.environ.get(name) or n) for name, n in names.items())
+        tasks = 1 if "RANK" in os.environ else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    except ValueError as error:
+        raise UserError(f"one of {', '.join(names)} is no number ({error}): unset it, or use torchrun") from None
+    if tasks > 1:
+        raise UserError(f"srun has started {tasks} runs that know nothing of each other: see assets/slurm.sh")
     device = pick_device(device_name, local_rank, local_size)
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is for logits that are exact
-    if dtype_name not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"--dtype {dtype_name}: take auto, bfloat16 or float32", status=2)
     if dtype_name == "auto":
         dtype_name = "bfloat16" if (on_cuda or training) and multiplies_bfloat16(device) else "float32"
     world = World(rank, size, device, getattr(torch, dtype_name))
@@ -186,40 +193,46 @@ def join_world(device_name: str, dtype_name: str, training: bool = False) -> Ite
 
 @contextmanager
 def listen_for_stop(requests: list[float], world: World) -> Iterator[Callable]:
-    """Put the times of SIGTERM and SIGINT into a list; one a second after the first ends the process.
+    """Put the times of signals to stop into a list; one a second after the first ends the process.
 
     Ranks on CUDA wait for a dead one in a kernel, for ever. So, after a request, the process says so and ends
     if alive() is not called for PATIENCE seconds. That is yielded, for the end of each step; alive(math.inf)
     switches the watch off.
     """
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
     latest = [0.0]
 
     def alive(until: float = 0.0) -> None:
         latest[0] = max(until, time.monotonic())
 
-    def end_if_stuck() -> None:
-        while time.monotonic() < max(latest[0], requests[0]) + PATIENCE:
-            time.sleep(0.1)
-            if latest[0] == math.inf:
-                return
-        why = f"asked to stop, as by torchrun when a rank is gone, but no step ended in {PATIENCE} s"
-        fix = "the same command resumes; for long steps set TORCH_ELASTIC_SHUTDOWN_TIMEOUT higher"
-        print(f"rank {world.rank}: {why}: {fix}", file=sys.stderr)
-        os._exit(1)
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield alive
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
 
     # In a thread: Python calls a handler only after the operation at work, which may wait for a rank.
     def listen() -> None:
-        while number := receiver.recv(1):
+        while True:
+            try:
+                number = receiver.recv(1)
+            except TimeoutError:
+                if time.monotonic() > max(latest[0], requests[0]) + PATIENCE:
+                    why = f"asked to stop, as by torchrun when a rank is gone, but no step ended in {PATIENCE} s"
+                    fix = "the same command resumes; for long steps set TORCH_ELASTIC_SHUTDOWN_TIMEOUT higher"
+                    say(f"rank {world.rank}: {why}: {fix}", sys.stderr)
+                    os._exit(1)
+                continue
+            if not number:  # closed
+                return
             if number[0] in before:
                 if requests and time.monotonic() - requests[0] > 1:
                     os._exit(128 + number[0])
                 requests.append(time.monotonic())
                 if world.size > 1 and world.on_gpu:
-                    threading.Thread(target=end_if_stuck, daemon=True).start()
+                    receiver.settimeout(0.1)
 
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+    before = {number: signal.signal(number, lambda *_: None) for number in heard}
     signal.set_wakeup_fd(sender.fileno())
     threading.Thread(target=listen, daemon=True).start()
     try:

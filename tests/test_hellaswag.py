@@ -326,7 +326,7 @@ def test_labels_may_be_numbers_and_empty_lines_are_passed_over(tmp_path):
         (["--style", "best"], "invalid choice: 'best'", 2),
         (["--limit", 0], "holds no examples", 1),
         (["--limits", 5], "unrecognized arguments: --limits 5", 2),
-        (["--dtype", "float16"], "--dtype float16: take auto, bfloat16 or float32", 2),
+        (["--dtype", "half"], "invalid choice: 'half'", 2),
         (["--device", "gpu"], "--device gpu", 2),
         (["--data", "nothing.jsonl"], "nothing.jsonl is no .parquet or .jsonl file", 1),
         (["--model", "nothing"], "no checkpoint in nothing, nor what `transformers` saves", 1),
