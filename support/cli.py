@@ -92,7 +92,7 @@ HINTS = {
     "--model": "give --init_from, or the shape by --n_layer, --n_head and --n_embd",
     r"arguments: \S+\.pt": "a run resumes by itself; other weights are taken by --init_from FILE",
     "(?i)arguments: (true|false|yes|no|0|1)": "a switch has no value: --compile, or --no-compile",
-    "arguments: [^-]": "a text to go on from is given by --prompt, in quotes",
+    r"arguments: \w+": "a text to go on from is given by --prompt, in quotes",
 }
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT, newest, run_script, run_train, tiny_flags, write_shar
 
 import train_gpt2
 from support import checkpoint
+from support.cli import parse_configs
 from support.log import read_log
 
 
@@ -141,6 +142,36 @@ def test_a_bad_flag_is_one_line_and_status_2(shards, tmp_path, capsys, argv, nam
     assert run_train([*tiny_flags(shards, tmp_path / "log"), *argv.split()]) == 2
     assert named in the_line(capsys)
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        ("--lr 3e-4", "it is --max_lr"),
+        ("--learning_rate 3e-4", "it is --max_lr"),
+        ("--batch_size 8", "--micro_batch for a pass"),
+        ("--grad_accum 8", "--batch_tokens for a step"),
+        ("--epochs 3", "give --max_steps"),
+        ("--model gpt2", "give --init_from"),
+        ("--compile False", "--compile, or --no-compile"),
+        ("--resume log/ckpt_000100.pt", "--init_from FILE"),
+        ("--sample The sea", "--prompt"),
+        ("--mask_unsen", "see --help"),
+    ],
+)
+def test_the_names_of_other_scripts_get_a_hint(capsys, argv, hint):
+    assert run_train(argv.split()) == 2
+    assert hint in the_line(capsys)
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(capsys):
+    argv = ["--batch_tokens", "1e6", "--max_steps", "2e3"]
+    _, (config,) = parse_configs(argv, "", {}, {"training": train_gpt2.TrainConfig})
+    assert (config.batch_tokens, config.max_steps) == (1_000_000, 2000)
+    assert type(config.batch_tokens) is int
+    for text in ("1.5", "1e-3", "nan", "inf"):
+        assert run_train(["--max_steps", text]) == 2
+        assert text in the_line(capsys)
 
 
 @pytest.mark.parametrize("n_embd", [2**24, 2**31])

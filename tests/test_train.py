@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ from conftest import (
     CPU,
     TINY,
     assert_same,
+    be_a_child,
+    before_each_step,
+    end,
+    forkserver,
+    free_port,
     losses,
     newest,
     run_forked,
@@ -160,6 +167,25 @@ def test_validation_at_step_0_is_of_the_untrained_model(shards, tmp_path):
     assert read_log(tmp_path / "log" / "log.jsonl")["val"][0]["loss"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(3, 2), pytest.param(7, 3, marks=pytest.mark.slow)])
+def test_ranks_that_do_not_divide_the_batch_train_like_one(unbroken, shards, tmp_path, ranks, micro_batch):
+    flags = tiny_flags(shards, tmp_path / "log", save_every=1, micro_batch=micro_batch)
+    result = run_forked(["train_gpt2", *flags], tmp_path, ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    assert list(losses(tmp_path / "log").values()) == pytest.approx(list(losses(unbroken[0]).values()), abs=1e-5)
+    for name, weight in newest(unbroken[0])["model"].items():
+        torch.testing.assert_close(newest(tmp_path / "log")["model"][name], weight, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_run_begun_on_two_ranks_goes_on_on_three(unbroken, shards, tmp_path):
+    flags = ["train_gpt2", *tiny_flags(shards, tmp_path / "log", save_every=1, max_steps=6)]
+    assert run_forked(flags, tmp_path, ranks=2, hook="sigterm_at_step_3").returncode == 0
+    assert newest(tmp_path / "log")["step"] == 3
+    assert run_forked(flags, tmp_path, ranks=3).returncode == 0
+    assert list(losses(tmp_path / "log").values()) == pytest.approx(list(losses(unbroken[0]).values()), abs=1e-5)
+
+
 def test_two_ranks_train_like_one(shards, tmp_path):
     run_train(tiny_flags(shards, tmp_path / "one", micro_batch=8))
     result = run_forked(["train_gpt2", *tiny_flags(shards, tmp_path / "two", micro_batch=2)], tmp_path, ranks=2)
@@ -216,6 +242,43 @@ def test_without_a_compiler_there_is_a_warning_and_training_goes_on(shards, tmp_
     assert "warning: torch.compile does not work here" in result.stderr
     assert "Traceback" not in result.stderr
     assert len(losses(tmp_path / "log")) == 3
+
+
+def train_where_compiling_fails(failing: int, rank: int, port: int, flags: list[str]) -> None:
+    class Compiled(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, y):
+            if rank == failing:
+                raise RuntimeError("out of resource: shared memory")
+            return self.model(x, y)
+
+    def check(step, model):
+        assert not isinstance(model, Compiled)
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    with mock.patch("torch.compile", lambda model, dynamic: Compiled(model)), before_each_step(check):
+        assert run_train(flags) == 0
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_model_that_cannot_be_compiled_on_one_rank_trains_without_on_all(unbroken, shards, tmp_path, failing):
+    flags, port = tiny_flags(shards, tmp_path / "log", compile=True), free_port()
+    processes = []
+    for rank in (0, 1):
+        arguments = (train_where_compiling_fails, (failing, rank, port, flags), None, str(tmp_path / f"{rank}"))
+        processes.append(forkserver().Process(target=be_a_child, args=arguments))
+        processes[-1].start()
+    for process in processes:
+        end(process, 60)
+    err = "".join((tmp_path / f"{rank}").read_text() for rank in (0, 1))
+    assert [process.exitcode for process in processes] == [0, 0], err
+    why = "out of resource: shared memory" if failing == 0 else "it failed on another rank"
+    assert err == f"warning: torch.compile does not work here, continuing without it ({why})\n"
+    assert list(losses(tmp_path / "log").values()) == pytest.approx(list(losses(unbroken[0]).values()), abs=1e-5)
 
 
 # ---------------------------------------------------------------- stop and resume
