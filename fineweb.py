@@ -40,7 +40,7 @@ from tqdm import tqdm
 from support import readers
 from support.cli import Parser, UserError, one_line, run_script
 from support.files import DAMAGE, prefetch, whole_file, whole_folder
-from support.hub import ask_hub, read_configs
+from support.readers import ask_hub, read_configs
 from support.tokens import END_OF_TEXT, RANKS_SHA256, cut, encode_document, find_shards, open_shard, tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"

@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 from support.cli import Parser, UserError, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
-from support.hub import ask_hub
-from support.readers import read_rows
+from support.readers import ask_hub, read_rows
 from support.tokens import END_OF_TEXT, encode_document
 from support.world import World, attention_of_any_length, join_world
 

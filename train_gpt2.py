@@ -383,7 +383,7 @@ class Sequences:
         self.block_size = block_size
         self.paths = find_shards(data_dir, split)
         self.shards = [Shard(path, token_ids) for path in self.paths]
-        lengths = [len(shard) for shard in self.shards]
+        lengths = [shard.length for shard in self.shards]
         self.n_tokens = sum(lengths)
         # Shard s holds the sequences from ends[s - 1] to ends[s] - 1.
         self.ends = np.cumsum([max(0, length - 1) // block_size for length in lengths])
@@ -566,7 +566,7 @@ def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, wor
 
 def encode_prompt(config: SampleConfig, n_vocab: int) -> list[int]:
     """Token ids of the prompt; UserError if it leaves no room, or the model doesn't know one."""
-    prompt = tokenizer().encode_ordinary(config.prompt) or [END_OF_TEXT]
+    prompt = tokenizer().encode(config.prompt, allowed_special="all") or [END_OF_TEXT]
     if len(prompt) >= config.max_length:
         raise UserError(f"--prompt has {len(prompt)} tokens: --max_length must be above that", 2)
     if max(prompt) >= n_vocab:

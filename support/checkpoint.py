@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from support.cli import UserError, as_flag, one_line, warn
 from support.files import whole_file
+from support.tokens import N_VOCAB
 
 
 class DamagedError(UserError):
@@ -61,17 +63,35 @@ def read(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()  # compares the checksums, which torch.load() doesn't
             if damaged:
                 raise ValueError(f"{damaged} in it is damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # build-nanogpt's hold a GPTConfig of its own, whose fields a namespace takes.
+            with torch.serialization.safe_globals([(SimpleNamespace, "__main__.GPTConfig")]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle stream raises any of a dozen kinds
         if isinstance(error, MemoryError | PermissionError | FileNotFoundError) or "allocate memory" in str(error):
             raise
         why = one_line(error)
         if isinstance(error, UnpicklingError | zipfile.BadZipFile):  # torch's words advise to run the file's code
-            why = "no checkpoint, or one that holds code"
+            why = "no checkpoint, or one that holds code; weights of `transformers` are named by their folder"
         raise DamagedError(f"cannot read checkpoint {path} ({why}): restore it or move it away") from None
+    if isinstance(state, dict) and {"model_args", "config"} & state.keys():
+        state = from_nanogpt(path, state)
     if not isinstance(state, dict) or "GPTConfig" not in state:
         raise UserError(f"cannot read checkpoint {path}: train_gpt2.py didn't write it, as it has no GPTConfig")
     return state
+
+
+def from_nanogpt(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of nanoGPT or build-nanogpt as one of ours, its optimiser aside; UserError if it is no GPT-2."""
+    shape = state.get("model_args") or vars(state["config"])
+    if shape["vocab_size"] < N_VOCAB or not shape.get("bias", True):
+        found = f"vocab_size {shape['vocab_size']} and bias={shape.get('bias', True)}"
+        raise UserError(f"{path} is no GPT-2, which has {N_VOCAB} tokens and biases: it has {found}")
+    if "model_args" in state:
+        warn(f"{path}: nanoGPT computes GELU by erf, this script by tanh, so losses may differ by a few thousandths")
+    weights = {name.removeprefix("_orig_mod."): w for name, w in state["model"].items()}
+    weights = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}  # the causal mask
+    fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    return {"GPTConfig": {name: shape[name] for name in fields}, "TrainConfig": {}, "model": weights}
 
 
 def newest(out_dir: str) -> dict[str, Any] | None:

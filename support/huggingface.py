@@ -1,13 +1,14 @@
 """GPT-2 weights and tokenizer, from and for `transformers`: dicts in, dicts out."""
 
 import os
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from support.cli import UserError, one_line
+from support.cli import UserError, one_line, warn
 from support.tokens import END_OF_TEXT, N_VOCAB, tokenizer
 
 # Weights that `transformers` keeps as (in, out), nn.Linear as (out, in).
@@ -18,7 +19,7 @@ SAME = ("model_type", "activation_function", "layer_norm_epsilon", "n_inner", "s
 
 
 def read_gpt2(name_or_dir: str) -> tuple[dict[str, int], dict[str, Tensor], list[int]]:
-    """One of OpenAI's four GPT-2s, from the Hub, or a folder saved by `transformers`; UserError if it is none.
+    """A GPT-2 of the Hub, or a folder saved by `transformers`; UserError if it is none.
 
     Gives the shape by the names of GPTConfig, the weights in float32 by those of a checkpoint, and the ids of the
     tokens that may be predicted; the vocabulary is not padded. No code in the folder is run.
@@ -29,13 +30,16 @@ def read_gpt2(name_or_dir: str) -> tuple[dict[str, int], dict[str, Tensor], list
 
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
-    known = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    if name_or_dir not in known and not os.path.isfile(os.path.join(name_or_dir, "config.json")):
-        what = f"no checkpoint in {name_or_dir}, nor what `transformers` saves, and it is none of {', '.join(known)}"
-        raise UserError(f"{what}: train first, or give --out_dir or --init_from")
+    is_name = re.fullmatch(r"(distil)?gpt2(-medium|-large|-xl)?|\w[\w.-]*/[\w.-]+", name_or_dir)
+    on_hub = is_name and not os.path.exists(name_or_dir.split("/")[0])  # log/run is a folder where log is
+    if not on_hub and not os.path.isfile(os.path.join(name_or_dir, "config.json")):
+        what = f"no checkpoint in {name_or_dir}, nor what `transformers` saves (config.json, model.safetensors)"
+        raise UserError(f"{what}, and it is no gpt2 of the Hub: train first, or give --out_dir or --init_from")
     try:
         c = GPT2Config.from_pretrained(name_or_dir)
-        if c.vocab_size > N_VOCAB:
+        if c.activation_function == "gelu_pytorch_tanh":  # the same by another name
+            c.activation_function = "gelu_new"
+        if c.vocab_size not in (N_VOCAB, 50304) and c.vocab_size > N_VOCAB:
             raise ValueError(f"it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
         for key in SAME:
             found, wanted = getattr(c, key), getattr(GPT2Config(), key)
@@ -47,14 +51,16 @@ def read_gpt2(name_or_dir: str) -> tuple[dict[str, int], dict[str, Tensor], list
         lacking = [*info["missing_keys"], *info["mismatched_keys"]]
         if lacking:
             raise ValueError(f"it lacks {lacking[0]}, as GPT-2 has it")
+        if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+            raise ValueError("its lm_head.weight is not its wte.weight, GPT-2 has one for both")
     except Exception as error:  # network, files and formats each have their own
         raise UserError(f"cannot take weights from {name_or_dir}: {one_line(error)}") from None
     shape = {"block_size": c.n_positions, "vocab_size": c.vocab_size, "n_layer": c.n_layer,
              "n_head": c.n_head, "n_embd": c.n_embd}  # fmt: skip
     masked = set(model.generation_config.suppress_tokens or ())
-    token_ids = [i for i in range(c.vocab_size) if i not in masked]
+    token_ids = [i for i in range(min(c.vocab_size, N_VOCAB)) if i not in masked]
     weights = {name: w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()}
-    return shape, weights, token_ids or list(range(c.vocab_size))
+    return shape, weights, token_ids
 
 
 def write_gpt2(folder: Path, shape: dict[str, int], weights: dict[str, Tensor], token_ids: list[int]) -> None:
@@ -71,6 +77,7 @@ def write_gpt2(folder: Path, shape: dict[str, int], weights: dict[str, Tensor], 
         vocab_size=N_VOCAB, n_positions=shape["block_size"], n_embd=shape["n_embd"],
         n_layer=shape["n_layer"], n_head=shape["n_head"], resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, architectures=["GPT2LMHeadModel"], dtype="float32", **ends,
+        n_ctx=shape["block_size"],  # for llama.cpp's converter
     )  # fmt: skip
     with torch.device("meta"):
         expected = {name: p.shape for name, p in GPT2LMHeadModel(config).named_parameters()}
@@ -88,7 +95,11 @@ def write_gpt2(folder: Path, shape: dict[str, int], weights: dict[str, Tensor], 
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
-    fast_tokenizer(model_max_length=shape["block_size"]).save_pretrained(folder)
+    encoding = fast_tokenizer(model_max_length=shape["block_size"], pad_token="<|endoftext|>", padding_side="left")
+    encoding.save_pretrained(folder)
+    encoding.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for transformers 4
+    if masked:
+        warn(f"{len(masked):,} tokens are masked in generate() of `transformers` only: elsewhere this is a bad model")
 
 
 def fast_tokenizer(**kwargs):

@@ -1,30 +1,35 @@
-"""Documents from files: a table says which suffix is read by what, and whatever it lists is read.
+"""Where texts come from: files, of which a table says what reads which suffix, and the Hugging Face Hub.
 
 A reader is a generator, reader(path, columns, errors), of a file's rows: a dict with these columns, or None for an
 empty row, and the fraction of the file that has been read. It raises one of DAMAGE for a bad file.
 """
 
 import bz2
-import codecs
 import csv
 import gzip
 import json
 import lzma
+import os
 import re
-import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
+from io import StringIO, TextIOWrapper
 from pathlib import Path, PurePath
 
+import pyarrow as pa
+from pyarrow.parquet import ParquetFile
+
+from support.cli import UserError, one_line
+
 Rows = Iterator[tuple[dict | None, float]]
-csv.field_size_limit(sys.maxsize)  # else 131,072 characters
+LOG_IN = "run `hf auth login`, or set HF_TOKEN"
+csv.field_size_limit(2**31 - 1)  # else 131,072 characters
 
 
 class UnfitError(ValueError):
-    """A file is not damaged, but can't be used as it is; `fix` says what to do."""
-
-    fix = "convert it, or leave it out"
+    """A file is not damaged, but can't be used as it is."""
 
 
 class FieldError(UnfitError):
@@ -41,8 +46,6 @@ def check_fields(columns: Iterable[str], found: Iterable[str]) -> None:
 
 
 def read_parquet(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
-    from pyarrow.parquet import ParquetFile
-
     with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
         check_fields(columns, file.schema_arrow.names)
         row = 0
@@ -54,8 +57,6 @@ def read_parquet(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
 
 def read_arrow(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
     """Arrow IPC: a file, as polars writes it, or a stream, as `datasets` does."""
-    import pyarrow as pa
-
     with pa.memory_map(str(path)) as source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
@@ -69,30 +70,26 @@ def read_arrow(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
                     yield record, fraction
 
 
-def open_zstd(raw):
-    """By pyarrow: the package zstandard takes a file that was cut for a whole one."""
-    import pyarrow as pa
-
-    return pa.CompressedInputStream(raw, "zstd")
-
-
+# The package zstandard takes a file that was cut for a whole one.
+open_zstd = partial(pa.CompressedInputStream, compression="zstd")
 DECOMPRESS = {".gz": gzip.open, ".zst": open_zstd, ".zstd": open_zstd, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def read_pieces(path: Path, errors: str, size: int = 2**16) -> Iterator[tuple[str, float]]:
-    """A text file piece by piece, and the fraction that is read; UnfitError if it is no UTF-8 text."""
-    decode = codecs.getincrementaldecoder("utf-8-sig")(errors).decode  # without a byte-order mark
-    total, begins = max(1, path.stat().st_size), True
+def read_pieces(path: Path, errors: str, size: int = 2**15, lines: bool = False) -> Iterator[tuple[str, float]]:
+    """A text file by so many characters, or by lines, and the fraction that is read; UnfitError if it is no text."""
     try:
         with open(path, "rb") as raw, DECOMPRESS.get(path.suffix.lower(), nullcontext)(raw) as file:
-            for piece in iter(partial(file.read, size), b""):
-                if begins and piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise UnfitError("it is UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)")
-                if b"\0" in piece:
-                    raise UnfitError("it has NUL bytes, so it is no text")
-                begins = False
-                yield decode(piece), raw.tell() / total
-            yield decode(b"", final=True), 1.0
+            text = TextIOWrapper(file, "utf-8-sig", errors, newline="\n")  # without a byte-order mark
+            text._CHUNK_SIZE = size  # bytes that are decompressed at once, else 8192
+            while True:
+                pieces = text.readlines(size) if lines else [text.read(size)]
+                if not any(pieces):
+                    return
+                if "\0" in "".join(pieces):
+                    raise UnfitError("it has NUL bytes, so it is UTF-16 or no text")
+                fraction = raw.tell() / path.stat().st_size
+                for piece in pieces:
+                    yield piece, fraction
     except UnicodeDecodeError:
         raise UnfitError("it is not UTF-8, which --errors replace takes") from None
     except OSError as error:
@@ -101,35 +98,11 @@ def read_pieces(path: Path, errors: str, size: int = 2**16) -> Iterator[tuple[st
         raise UnfitError("its window is above 128 MiB (zstd -d --long=31 unpacks it)") from None
 
 
-def read_blocks(path: Path, errors: str) -> Iterator[tuple[str, float]]:
-    """Its whole lines, some at a time; the last may lack its line feed."""
-    pending: list[str] = []
-    for piece, fraction in read_pieces(path, errors):
-        end = piece.rfind("\n") + 1
-        if end:
-            pending = ["".join([*pending, piece[:end]])]
-            yield pending.pop(), fraction  # not held here, as it may be long
-        pending.append(piece[end:])
-    if any(pending):
-        yield "".join(pending), 1.0
-
-
-def read_lines(path: Path, errors: str) -> Iterator[tuple[str, float]]:
-    """Its lines, without their line feeds."""
-    for block, fraction in read_blocks(path, errors):
-        lines = block.split("\n")
-        del block
-        if not lines[-1]:
-            lines.pop()
-        for line in lines:
-            yield line, fraction
-
-
 def read_json(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
     """JSON lines, or one array of objects, of which a part is in memory."""
     start = next((piece for piece, _ in read_pieces(path, errors) if piece.strip()), "")
     if not start.lstrip().startswith("["):
-        for line, fraction in read_lines(path, errors):
+        for line, fraction in read_pieces(path, errors, lines=True):
             yield json.loads(line) if line.strip() else None, fraction
         return
     separator, scan, text = re.compile(r"\s*[\[,]?\s*"), json.JSONDecoder().raw_decode, ""
@@ -150,13 +123,11 @@ def read_csv(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
 
     def lines() -> Iterator[str]:
         nonlocal fraction
-        for line, fraction in read_lines(path, errors):  # noqa: B007
-            yield line + "\n"
+        for line, fraction in read_pieces(path, errors, lines=True):  # noqa: B007
+            yield line
 
     rows = csv.reader(lines(), delimiter="\t" if ".tsv" in path.name.lower() else ",", strict=True)
-    names = next(rows, None)
-    if names is None:  # an empty file
-        return
+    names = next(rows, columns)  # of an empty file any will do
     check_fields(columns, names)
     for row in rows:
         if row and len(row) != len(names):
@@ -167,27 +138,23 @@ def read_csv(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
 
 def read_text(path: Path, columns: tuple[str, ...], errors: str) -> Rows:
     """The file as one document, or those between lines that are just <|endoftext|>; CR LF becomes LF."""
-    separator, separated = re.compile(r"^<\|endoftext\|>(?:\n|\Z)", re.MULTILINE), False
-    pending: list[str] = []
-    for block, fraction in read_blocks(path, errors):
-        *ends, rest = separator.split(block.replace("\r\n", "\n"))
-        for end in ends:
-            separated = True
-            document = "".join([*pending, end])
-            pending = []
-            if document.strip():
-                yield {columns[0]: document.removesuffix("\n")}, fraction
-        pending.append(rest)
-    document = "".join(pending)
-    if document.strip() or (document and not separated):
-        yield {columns[0]: document}, 1.0
+    document = StringIO()
+    for line, fraction in read_pieces(path, errors, lines=True):
+        if line.rstrip("\r\n") != "<|endoftext|>":
+            document.write(line.replace("\r\n", "\n"))
+            continue
+        text = document.getvalue()
+        document = StringIO()
+        if text.strip():
+            yield {columns[0]: text.removesuffix("\n")}, fraction
+    text = document.getvalue()
+    if text.strip():
+        yield {columns[0]: text}, 1.0
 
 
 # Of several kinds in a folder, the first is taken. Text is read compressed, too.
-READERS: dict[str, Callable[[Path, tuple[str, ...], str], Rows]] = {
-    ".parquet": read_parquet, ".arrow": read_arrow, ".jsonl": read_json, ".ndjson": read_json, ".json": read_json,
-    ".csv": read_csv, ".tsv": read_csv, ".txt": read_text,
-}  # fmt: skip
+READERS = {".parquet": read_parquet, ".arrow": read_arrow, ".jsonl": read_json, ".ndjson": read_json,
+           ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".txt": read_text}  # fmt: skip
 TABLES = (read_parquet, read_arrow)
 FORMATS = f"{', '.join(READERS)} ({', '.join(DECOMPRESS)})"
 
@@ -195,17 +162,60 @@ FORMATS = f"{', '.join(READERS)} ({', '.join(DECOMPRESS)})"
 def find_reader(name: str) -> tuple[Callable | None, str]:
     """What reads a file of this name, None if nothing does; and the name without what tells its format."""
     path = PurePath(name)
-    if path.suffix.lower() not in DECOMPRESS:
-        return READERS.get(path.suffix.lower()), str(path.with_suffix(""))
-    path = path.with_suffix("")
-    reader = READERS.get(path.suffix.lower())
-    return None if reader in TABLES else reader, str(path.with_suffix(""))
+    if path.suffix.lower() in DECOMPRESS:
+        path = path.with_suffix("")
+    return READERS.get(path.suffix.lower()), str(path.with_suffix(""))
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = ("text",), errors: str = "strict") -> Rows:
     """A file's rows; `errors` is what happens to text that is not UTF-8, "strict" or "replace"."""
     with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
-            raise UnfitError("it is a pointer of Git LFS, not the data (git lfs pull fetches that)")
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UnfitError("it is a pointer of Git LFS, not the data (git lfs pull fetches that)")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UnfitError("it is UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)")
     reader, _ = find_reader(path.name)
     return reader(path, columns, errors)
+
+
+def ask_hub(function: Callable, dataset: str, *args, tries: int = 3, fix: str = "", **kwargs):
+    """function(dataset, ...) of huggingface_hub, tried so many times; UserError, which ends in `fix`."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    for left in reversed(range(tries)):
+        try:
+            return function(dataset, *args, **kwargs)
+        except GatedRepoError:
+            page = f"{ENDPOINT}/datasets/{dataset}"
+            raise UserError(f"{dataset} is gated: ask for access at {page}, then {LOG_IN}") from None
+        except RepositoryNotFoundError:
+            fix = f"check the name; if it is private, {LOG_IN}"
+            raise UserError(f"there is no folder {dataset}, and no such dataset on the Hub: {fix}") from None
+        except Exception as error:  # the client's, the network library's and hf_xet's own
+            if isinstance(error, OSError) and error.errno:  # of the disk
+                raise
+            status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
+            if not left or status in (401, 403, 404):
+                fix = fix or "check the network, --dataset, --subset and --revision; the same command again resumes"
+                raise UserError(f"the Hub: {one_line(error)}: {fix}") from None
+            time.sleep(1)
+
+
+def read_configs(dataset: str, commit: str) -> dict[str, list[tuple[str, str]]]:
+    """The configurations in a dataset's README.md: splits ("" if it names none) and patterns of paths."""
+    from huggingface_hub import hf_hub_download, metadata_load
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    configs: dict[str, list[tuple[str, str]]] = {}
+    with suppress(RemoteEntryNotFoundError):  # but no other refusal
+        path = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=commit)
+        for entry in (metadata_load(path) or {}).get("configs") or []:
+            files = entry.get("data_files") or "**"
+            for file in files if isinstance(files, list) else [files]:
+                split, paths = (str(file["split"]), file["path"]) if isinstance(file, dict) else ("", file)
+                for path in paths if isinstance(paths, list) else [paths]:
+                    pattern = os.path.normpath(Path(entry.get("data_dir", ""), path)).replace("**/", "**")
+                    configs.setdefault(str(entry["config_name"]), []).append((split, pattern))
+    return configs

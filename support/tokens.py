@@ -2,7 +2,6 @@
 
 import binascii
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -24,9 +23,8 @@ N_VOCAB = 50257  # byte-pair ranks 0..50255, then <|endoftext|>
 # it goes to the fast path of the regular expressions, and encoding is 1.5 times as fast (benchmarks/tokenize.py).
 PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s means there
-# No token reaches across the place before the last space of several, nor across that before the first.
-LAST_SPACE = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
-FIRST_SPACE = re.compile(f"(?<=[^{SPACE}])(?=[{SPACE}])")
+# Places that no token reaches across: before the first space of several or of one, and before the last of several.
+CUT = re.compile(f"(?<=[^{SPACE}])(?=[{SPACE}])|(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
 
 
 @cache
@@ -47,32 +45,29 @@ def encode_document(text: str) -> np.ndarray:
         parts = [encode(text)]
     except ValueError:  # lone surrogates, or a run of a million spaces, too deep for the regular expression
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        parts = map(encode, LAST_SPACE.split(text))
+        parts = map(encode, CUT.split(text))
     return np.concatenate([[END_OF_TEXT], *parts], dtype=np.uint16, casting="unsafe")
 
 
 def cut(text: str, length: int) -> Iterator[str]:
     """A text in pieces of at least so many characters, but for the last, that have the same tokens."""
-    start = 0
-    while start + length < len(text):
-        space = FIRST_SPACE.search(text, start + length)
-        end = space.start() if space else len(text)
-        yield text[start:end]
-        start = end
-    if start < len(text) or not text:
-        yield text[start:]
+    start, place = 0, CUT.search(text, length)
+    while place:
+        yield text[start : place.start()]
+        start = place.start()
+        place = CUT.search(text, start + length)
+    yield text[start:]
 
 
 def find_shards(data_dir: str, split: str) -> list[Path]:
     """The shards of "train", "val" or "train|val", in order; UserError if there are none."""
-    names = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
     # With a number or, as some of llm.c's, without one; nanoGPT's are train.bin and val.bin.
     pattern = re.compile(rf"([^.].*_)?({split})(_\d+)?\.(npy|bin)")
-    paths = [Path(data_dir, name) for name in names if pattern.fullmatch(name)]
+    paths = sorted(path for path in Path(data_dir).glob("*") if pattern.fullmatch(path.name))
     if not paths:
-        fix = "run `python fineweb.py` first, or try `python train_gpt2.py --demo`"
-        if names:
-            fix += "; shards of your own are called NAME_train_000001.npy or .bin"
+        fix = (
+            "run `python fineweb.py` first, or try --demo; shards of your own are called NAME_train_000001.npy or .bin"
+        )
         if split == "val":
             fix = "call a shard NAME_val_000000.npy or .bin, or train without validation (--eval_every 0)"
         raise UserError(f"no {split.replace('|', ' or ')} shards in {data_dir}: {fix}")
@@ -85,23 +80,20 @@ def find_shards(data_dir: str, split: str) -> list[Path]:
 def open_shard(path: Path) -> np.ndarray:
     """A .npy shard, or a .bin shard of llm.c or nanoGPT, as a 1-D uint16 memory map, or UserError."""
     try:
-        size = path.stat().st_size
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             # llm.c dev/data/data_common.py: 256 int32, of which magic, version, number of tokens; then the tokens.
-            header = np.fromfile(path, dtype="<i4", count=256).tolist()
-            offset, length = 1024, header[2] if header[:2] == [20240520, 1] and len(header) == 256 else None
-            if length is None and path.name in ("train.bin", "val.bin"):  # nanoGPT's, which are tokens alone
-                offset, length = 0, size // 2
-            if length is None:
+            header = np.fromfile(path, dtype="<i4", count=3).tolist()
+            offset, length = (1024, header[2]) if header[:2] == [20240520, 1] else (0, None)
+            if not offset and path.name not in ("train.bin", "val.bin"):  # nanoGPT's, which are tokens alone
                 raise ValueError("no header of a version 1 token file")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(length,))
-        if not isinstance(tokens, np.memmap) or tokens.dtype != np.uint16 or tokens.ndim != 1:
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=length)
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
             line = f"np.save('{path}', np.load('{path}').astype('uint16').ravel())"
             raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype}, not 1-D uint16, to which this converts it: {line}")
-        if size != tokens.offset + tokens.nbytes:
-            raise ValueError(f"it should hold {len(tokens)} tokens of two bytes, and has {size} bytes")
+        if path.stat().st_size != tokens.offset + tokens.nbytes:
+            raise ValueError(f"it is longer than the {len(tokens)} tokens that its header names")
     except Exception as error:  # NumPy's parser of headers has those of Python's own
         raise UserError(f"cannot read shard {path}: {one_line(error)}: replace or remove it") from None
     return tokens
@@ -113,11 +105,7 @@ class Shard:
     def __init__(self, path: Path, token_ids: Iterable[int]):
         self.path, tokens, found = path, open_shard(path), path.stat()
         self.length, self.offset, self.state = len(tokens), tokens.offset, (found.st_size, found.st_mtime_ns)
-        self.known = np.zeros(2**16, dtype=bool)
-        self.known[list(token_ids)] = True
-
-    def __len__(self) -> int:
-        return self.length
+        self.known = np.isin(np.arange(2**16), list(token_ids))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens from `start` on, (count,) uint16; UserError if the file was changed, or they are others."""
@@ -126,10 +114,8 @@ class Shard:
             tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=self.offset + 2 * start)
             state = self.path.stat().st_size, self.path.stat().st_mtime_ns
         if state != self.state:
-            fix = "put it back as it was, and the same command resumes from the newest checkpoint"
-            raise UserError(f"{self.path} was removed, replaced or changed during training: {fix}")
+            raise UserError(f"{self.path} was removed, replaced or changed during training: put it back as it was")
         unknown = tokens[~self.known[tokens]]
         if len(unknown):
-            what = f"token {unknown[0]}, which is none of the model's {self.known.sum()}"
-            raise UserError(f"{self.path} holds {what}: restore it")
+            raise UserError(f"{self.path} holds token {unknown[0]}, which is none of the model's: restore it")
         return tokens

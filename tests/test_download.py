@@ -395,9 +395,9 @@ def test_configurations_of_odd_names_and_of_the_hubs_own_conversion_are_listed(h
     hub.datasets["owner/name"] = hub_files("a/x.parquet", "b/x.parquet") | {"README.md": readme.encode()}
     assert run(hub, tmp_path, "--dataset", "owner/name").lines[-1].endswith("of owner/name: 2018, False")
     assert run(hub, tmp_path, "--dataset", "owner/name", "--subset", "2018").returncode == 0
-    del hub.datasets["owner/name"]["README.md"]
-    result = run(hub, tmp_path, "--dataset", "owner/name", "--revision", "refs/convert/parquet", "--out_dir", "p")
-    assert result.lines[-1].endswith("one of the configurations of owner/name: a, b")
+    hub.datasets["owner/other"] = hub_files("a/x.parquet", "b/x.parquet")
+    result = run(hub, tmp_path, "--dataset", "owner/other", "--revision", "refs/convert/parquet")
+    assert result.lines[-1].endswith("one of the configurations of owner/other: a, b")
 
 
 def test_the_configuration_of_a_sample_of_fineweb_works_too(edu, tmp_path):

@@ -83,6 +83,7 @@ def test_exported_weights_are_cropped_tied_float32_and_bear_the_usual_names(expo
     for ends in (config, generation):
         assert ends["bos_token_id"] == ends["eos_token_id"] == END_OF_TEXT
     assert generation["pad_token_id"] == END_OF_TEXT
+    assert config["n_ctx"] == 64  # llama.cpp's converter asks for it
     assert json.loads((exported / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 64
     assert not [path for path in exported.iterdir() if path.name not in ("data", "log", "out")]
 
@@ -92,8 +93,27 @@ def test_exported_loaded_and_exported_again_the_tensors_are_the_same_to_the_bit(
     first, again = (load_file(folder / "model.safetensors") for folder in (exported / "out", tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(w, again[name]) for name, w in first.items())
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    files = "config.json generation_config.json tokenizer.json tokenizer_config.json vocab.json merges.txt"
+    for name in files.split():
         assert (tmp_path / "again" / name).read_bytes() == (exported / "out" / name).read_bytes()
+
+
+def test_transformers_4_finds_vocabulary_and_merges_in_the_files_it_reads(exported):
+    vocabulary = json.loads((exported / "out" / "vocab.json").read_text())
+    assert (len(vocabulary), vocabulary["<|endoftext|>"]) == (50257, END_OF_TEXT)
+    version, *merges = (exported / "out" / "merges.txt").read_text().splitlines()
+    assert version.startswith("#version")
+    assert (len(merges), merges[0]) == (50_000, "\u0120 t")
+
+
+def test_prompts_of_several_lengths_go_through_generate_as_one_batch(exported):
+    theirs, encoding = theirs_of(exported / "out"), AutoTokenizer.from_pretrained(exported / "out")
+    prompts = ["The sea", "It was the best of times, it was the worst of", "a"]
+    batch = encoding(prompts, return_tensors="pt", padding=True)
+    found = theirs.generate(**batch, max_new_tokens=8, do_sample=False)[:, -8:]
+    for prompt, row in zip(prompts, found, strict=True):
+        one = theirs.generate(**encoding(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        assert row.tolist() == one[0, -8:].tolist()
 
 
 # ---------------------------------------------------------------- text
@@ -300,7 +320,7 @@ def test_a_run_from_cropped_weights_trains_resumes_and_keeps_its_block_size(expo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["gpt2", "gpt2-xl"])
+@pytest.mark.parametrize("size", ["gpt2", "gpt2-xl", "distilgpt2", "openai-community/gpt2", "SOME-one/their_gpt2"])
 def test_the_weights_of_a_name_come_from_the_hub(exported, tmp_path, hub, size):
     hub.datasets[size] = {path.name: path.read_bytes() for path in (exported / "out").iterdir()}
     argv = tiny_flags(exported / "data", tmp_path / "log", init_from=size, max_steps=0, **STEPS)

@@ -35,7 +35,7 @@ from fineweb import Batch, Manifest, Place, build, find_token_ids, verify
 from support.cli import UserError, exit_status
 from support.files import whole_file
 from support.readers import read_rows
-from support.tokens import END_OF_TEXT, LAST_SPACE, RANKS_FILE, encode_document, open_shard, tokenizer
+from support.tokens import CUT, END_OF_TEXT, RANKS_FILE, encode_document, open_shard, tokenizer
 
 
 def fuzz(seed: int, length: int) -> str:
@@ -164,7 +164,7 @@ def test_text_that_stops_the_regular_expression_is_encoded_all_the_same(referenc
 def test_the_cut_in_white_space_is_where_no_token_crosses(reference):
     for seed in range(1000):
         text = fuzz(seed, 80)
-        pieces = LAST_SPACE.split(text)
+        pieces = CUT.split(text)
         assert [t for piece in pieces for t in reference.encode_ordinary(piece)] == reference.encode_ordinary(text)
 
 

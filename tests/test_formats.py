@@ -147,7 +147,7 @@ def test_a_zstandard_window_that_is_too_large_says_what_to_do(tmp_path, run):
         ("a.arrow", "", r"cannot read .*a\.arrow"),
         ("a.jsonl.xz", "not xz", r"cannot read .*a\.jsonl\.xz"),
         ("a.jsonl.zst", "not zstd", r"cannot read .*a\.jsonl\.zst"),
-        ("a.parquet.gz", "x", r"no \.parquet, \.arrow, .*\.txt \(\.gz, \.zst.*\) files in .*texts"),
+        ("a.md.gz", "x", r"no \.parquet, \.arrow, .*\.txt \(\.gz, \.zst.*\) files in .*texts"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, run, name, content, message):

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from support import cpu
 from support.cli import UserError
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, load_model
 
 PADDED = dataclasses.replace(TINY, vocab_size=50304)
 
@@ -210,6 +212,76 @@ def test_more_tokens_than_gpt2_has_are_refused(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="50258 tokens"):
         GPT.from_pretrained(str(tmp_path))
+
+
+def saved_gpt2(folder, **changes) -> GPT2LMHeadModel:
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=2, **changes)).eval()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def assert_same_logits(ours: GPT, theirs: GPT2LMHeadModel) -> None:
+    x = tokens(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[..., :50257], theirs(x).logits[..., :50257], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 50304}, {"activation_function": "gelu_pytorch_tanh"}])
+def test_a_padded_vocabulary_and_gelu_by_another_name_are_taken(tmp_path, changes):
+    theirs = saved_gpt2(tmp_path, **changes)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert_same_logits(ours, theirs)
+    assert ours.token_ids.tolist() == list(range(50257))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_is_not_the_embedding_is_refused_and_a_copy_is_taken(tmp_path, equal):
+    theirs = saved_gpt2(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["transformer.wte.weight"].clone()
+    save_file(weights | {"lm_head.weight": head if equal else head + 0.1}, tmp_path / "model.safetensors")
+    if equal:
+        assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
+    else:
+        with pytest.raises(UserError, match=r"its lm_head\.weight is not its wte\.weight"):
+            GPT.from_pretrained(str(tmp_path))
+
+
+def nanogpts(model: GPT, kind: str, folder, **changes):
+    """A file as nanoGPT or build-nanogpt saves it, of a model."""
+    weights = {name: w for name, w in model.state_dict().items()}
+    weights["transformer.h.0.attn.bias"] = torch.ones(16, 16).tril().view(1, 1, 16, 16)
+    fields = vars(model.config) | changes
+    if kind == "nanoGPT":
+        compiled = {f"_orig_mod.{name}": w for name, w in weights.items()}
+        arguments = fields | {"bias": True, "dropout": 0.0} | changes
+        state = {"model": compiled, "iter_num": 5, "model_args": arguments, "config": {"dataset": "x"}}
+    else:
+        main = sys.modules["__main__"]
+        main.GPTConfig = type("GPTConfig", (), {"__module__": "__main__"})
+        config = main.GPTConfig()
+        vars(config).update(fields)
+        state = {"model": weights, "config": config, "step": 5, "val_loss": 3.0}
+    torch.save(state, folder / "model.pt")
+    if kind != "nanoGPT":
+        del main.GPTConfig
+    return folder / "model.pt"
+
+
+@pytest.mark.parametrize("kind", ["nanoGPT", "build-nanogpt"])
+def test_checkpoints_of_nanogpt_and_build_nanogpt_are_taken(tmp_path, capsys, kind):
+    model = GPT(dataclasses.replace(TINY, vocab_size=50304, n_layer=1))
+    found = load_model(str(nanogpts(model, kind, tmp_path)))
+    assert found.config == model.config
+    assert torch.equal(found(tokens(2, 16)), model(tokens(2, 16)))
+    assert ("computes GELU by erf" in capsys.readouterr().err) == (kind == "nanoGPT")
+
+
+@pytest.mark.parametrize("changes", [{"bias": False}, {"vocab_size": 65}])
+def test_a_checkpoint_of_nanogpt_that_is_no_gpt2_is_refused_by_name(tmp_path, changes):
+    path = nanogpts(GPT(dataclasses.replace(TINY, n_layer=1)), "nanoGPT", tmp_path, **{"vocab_size": 50304} | changes)
+    with pytest.raises(UserError, match=rf"{path} is no GPT-2.*{'=False' if 'bias' in changes else 'vocab_size 65'}"):
+        load_model(str(path))
 
 
 def test_a_folder_without_weights_is_refused_in_one_line(tmp_path):
