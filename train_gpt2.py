@@ -604,7 +604,7 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
     model.to(world.device)
     optimizer = make_optimizer(model, config)
     if state:
-        checkpoint.restore_optimizer(optimizer, state)
+        optimizer.load_state_dict(state["optimizer"])
     if world.sum(step)[0] != step * world.size:
         raise UserError(f"the ranks see different checkpoints: they don't share {config.out_dir}")
     # A new run sets its own mask; with --max_steps 0 the weights keep theirs.

@@ -82,10 +82,11 @@ def read(path: Path) -> dict[str, Any]:
 
 def from_nanogpt(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of nanoGPT or build-nanogpt as one of ours, its optimiser aside; UserError if it is no GPT-2."""
-    shape = state.get("model_args") or vars(state["config"])
-    if shape["vocab_size"] < N_VOCAB or not shape.get("bias", True):
-        found = f"vocab_size {shape['vocab_size']} and bias={shape.get('bias', True)}"
-        raise UserError(f"{path} is no GPT-2, which has {N_VOCAB} tokens and biases: it has {found}")
+    shape = state["model_args"] if "model_args" in state else vars(state["config"])
+    vocab_size, bias = shape.get("vocab_size", 0), shape.get("bias", True)
+    if vocab_size < N_VOCAB or not bias:
+        what = f"GPT-2 has {N_VOCAB} tokens and biases, this has vocab_size {vocab_size} and bias={bias}"
+        raise UserError(f"cannot take weights from {path}: {what}")
     if "model_args" in state:
         warn(f"{path}: nanoGPT computes GELU by erf, this script by tanh, so losses may differ by a few thousandths")
     weights = {name.removeprefix("_orig_mod."): w for name, w in state["model"].items()}
@@ -105,14 +106,6 @@ def newest(out_dir: str) -> dict[str, Any] | None:
                 raise
             warn(f"{error}; taking the one before it")
     return None
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the optimiser's state; its groups (rates, decay) stay those of make_optimizer()."""
-    settings, saved = optimizer.state_dict()["param_groups"], state["optimizer"]
-    # The saved groups' parameters, so that torch finds out if they are grouped in another way.
-    groups = [own | {"params": was["params"]} for own, was in zip(settings, saved["param_groups"], strict=False)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def check_same_run(state: dict[str, Any], gpt_config, config) -> None:

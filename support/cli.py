@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,8 +62,7 @@ def exit_status(main: Callable[[], None], program: str) -> int:
         message, status = f"out of memory: {fix} ({one_line(error)})", 1
     if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1":
         program += f" [rank {os.environ['RANK']}]"
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # a file's words may be any
-    say(f"{program}: {line}", sys.stderr)
+    say(f"{program}: {' '.join(message.split())}", sys.stderr)
     return status
 
 
@@ -169,13 +167,8 @@ def parse_configs(argv: list[str] | None, doc: str, presets: dict, kinds: dict) 
     """
     epilog = """A run resumes with the settings it began with. Free to change: folders, device,
 dtype, compile, ranks, --micro_batch, what is measured, sampled and saved and
-when, and, with --extend, a larger --max_steps.
-
-What these flags change, unless other flags say otherwise:
-"""
-    for preset, defaults in presets.items():
-        changes = " ".join(as_flag(name, value) for name, value in defaults.items())
-        epilog += textwrap.fill(f"{as_flag(*preset)}: {changes}", 78, break_on_hyphens=False) + "\n"
+when, and, with --extend, a larger --max_steps. What --demo and --optimizer muon
+change, unless other flags say otherwise, is in the script, in DEMO and MUON."""
     parser = Parser("train_gpt2.py", doc, epilog)
     modes = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")

@@ -2,9 +2,7 @@
 
 import gc
 import json
-import shlex
 import statistics
-import subprocess
 import sys
 from collections import deque
 from datetime import datetime
@@ -74,7 +72,7 @@ class Log:
         self.print_every = config.print_every or (1 if short else 10)
         facts = {
             "torch": torch.__version__, "device": device, "world_size": world.size,
-            "commit": git_commit(), "parameters": model.n_params, "train_tokens": data.n_tokens,
+            "parameters": model.n_params, "train_tokens": data.n_tokens,
             "data": data.paths[0].name.split("_")[0], "tokens_allowed": len(model.token_ids),
         }  # fmt: skip
         self.write("start", step, **vars(model.config) | vars(config) | vars(sample_config) | facts)
@@ -165,10 +163,3 @@ def draw_curves(log_path: Path, picture: Path) -> None:
             axis.legend(frameon=False)
     with whole_file(picture) as file:
         figure.savefig(file, format="png")
-
-
-def git_commit() -> str | None:
-    """The commit of this script, "-dirty" if it was changed since; None outside a git checkout."""
-    root = shlex.quote(str(Path(__file__).resolve().parent.parent))
-    status, commit = subprocess.getstatusoutput(f"git -C {root} describe --always --dirty --abbrev=40 --exclude='*'")
-    return None if status else commit
