@@ -275,7 +275,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--limit", type=int, help="take only the first so many rows")
     add("--per_example", type=Path, help="file for one JSON object a line: scores and predictions of an example")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="(default: bfloat16 on CUDA)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="(default: bfloat16 on CUDA)",
+    )
     args = parser.parse_args(argv)
     each = args.per_example
     if each and (not each.parent.is_dir() or (each.exists() and not each.is_file())):

@@ -80,7 +80,7 @@ class TrainConfig(Config):
     out_dir: str = option("log", "folder for log.jsonl, curves.png and the checkpoints")
     seed: int = option(1337, "for initial weights, data order, samples", min=0, fixed=True)
     device: str = option("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is")
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "bfloat16 if the device multiplies in it")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "bfloat16 if the device has it")
     compile: bool = option(True, "use torch.compile for the training step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices", fixed=True)
     order: Literal["hashed", "numpy"] = option("hashed", "numpy: to resume older runs", fixed=True)
@@ -96,6 +96,7 @@ class TrainConfig(Config):
     batch_tokens: int = option(2**19, "tokens per step, over all ranks", min=1, fixed=True)
     micro_batch: int | Literal["auto"] = option("auto", "sequences per pass; auto: what fits a GPU", min=1)
     recompute: bool = option(False, "recompute blocks in the backward pass, for memory")
+    dropout: float = option(0.0, "of what embeddings and branches add, for small corpora", min=0, fixed=True)
     batch_ramp_steps: int = option(0, "steps of a growing batch; 0 = none", min=0, fixed=True)
     batch_ramp_from: int = option(2**15, "tokens of its first step, and its unit", min=1, fixed=True)
     mask_unseen: bool = option(False, "mask tokens that occur nowhere in the shards", fixed=True)
@@ -107,12 +108,16 @@ class TrainConfig(Config):
     print_every: int = option(0, "steps between lines on the console; 0: by the run's length", min=0)
     save_every: int = option(250, "steps between checkpoints; two are kept; 0 = never", min=0)
     keep_every: int = option(0, "steps between those that are kept for good; 0 = none", min=0)
+    keep_best: bool = option(False, "keep the lowest validation loss's, too, as ckpt_best.pt")
+    track: Literal["", "wandb", "trackio"] = option("", "send the log there, too")
     init_from: str = option("scratch", "or gpt2[-medium, -large, -xl], DIR, FILE", fixed=True)
     resume: bool = option(True, "resume from the newest checkpoint in --out_dir")
     extend: bool = option(False, "let --max_steps grow on resume, which stretches the decay")
     demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
 
     def check(self):
+        if self.dropout >= 1:
+            raise ValueError(f"--dropout {self.dropout} must be below 1")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --max_lr {self.max_lr}")
         if self.max_steps and self.warmup_steps >= self.max_steps:
@@ -190,6 +195,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    dropout = 0.0  # what train() sets
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -199,8 +206,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
         # Pre-norm: what the branches read is normalised, the residual stream itself never is.
-        x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        training = torch.is_grad_enabled()
+        x = x + F.dropout(self.attn(self.ln_1(x), mask, cache), self.dropout, training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, training)
 
 
 class GPT(nn.Module):
@@ -210,7 +218,7 @@ class GPT(nn.Module):
     LOGIT_ROWS = 32_768
     # In evaluation, which has float32 logits, and as many numbers again for their softmax.
     LOGIT_BYTES = 3 * 2**29
-    recompute = False
+    recompute, dropout = False, 0.0  # what train() sets
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         super().__init__()
@@ -294,9 +302,10 @@ class GPT(nn.Module):
         if with_gradients and torch.is_autocast_enabled(device):
             # Half the bytes in the residual stream, which most kernels read; LayerNorms compute in float32.
             x = x.to(torch.get_autocast_dtype(device))
+        x = F.dropout(x, self.dropout, with_gradients)
         for i, block in enumerate(self.transformer.h):
             if with_gradients and self.recompute:
-                x = recomputed(block, x, mask, use_reentrant=False, preserve_rng_state=False)
+                x = recomputed(block, x, mask, use_reentrant=False, preserve_rng_state=self.dropout > 0)
             else:
                 x = block(x, mask, None if cache is None else cache[i])
         return self.transformer.ln_f(x)
@@ -481,6 +490,8 @@ def train_step(
     If loss or norm is not finite, all ranks raise UserError before the update.
     """
     optimizer.zero_grad(set_to_none=True)
+    if config.dropout:  # whose masks are these numbers' alone, so that a resumed run has the same
+        torch.manual_seed(hash((config.seed, step, world.rank)))
     total = torch.zeros((), device=world.device)
     for i, (x, y, weight) in enumerate(batches):
         # Gradients add up over backward(); DDP averages them over ranks once, on the last micro-batch.
@@ -489,18 +500,21 @@ def train_step(
         with nullcontext() if last or world.size == 1 else model.no_sync():
             with world.autocast():
                 loss = model(world.move(x), world.move(y)) * weight
-            loss.backward()
+            world.scaler.scale(loss).backward()
         total += loss.detach()
+    world.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     asked = torch.full_like(total, bool(requests))
     loss, norm, asked = world.mean(torch.stack([total, norm, asked])).tolist()  # the step's only wait
-    if not math.isfinite(loss + norm):
+    overflow = world.scaler.is_enabled() and math.isfinite(loss)  # of float16: the scaler skips this step
+    if not math.isfinite(loss + norm) and not overflow:
         fix = f"start from the newest checkpoint in another --out_dir: --init_from {config.out_dir}, a lower --max_lr"
         raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; no weight was changed: {fix}")
     for group in optimizer.param_groups:
         peak = group.setdefault("initial_lr", group["lr"])  # what make_optimizer() gave the group
         group["lr"] = learning_rate(step, config) * (peak / config.max_lr)
-    optimizer.step()
+    world.scaler.step(optimizer)
+    world.scaler.update()
     return loss, norm, asked > 0
 
 
@@ -605,6 +619,7 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
     optimizer = make_optimizer(model, config)
     if state:
         optimizer.load_state_dict(state["optimizer"])
+        world.scaler.load_state_dict(state.get("scaler") or world.scaler.state_dict())
     if world.sum(step)[0] != step * world.size:
         raise UserError(f"the ranks see different checkpoints: they don't share {config.out_dir}")
     # A new run sets its own mask; with --max_steps 0 the weights keep theirs.
@@ -623,6 +638,8 @@ def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: i
     world, T = log.world, model.config.block_size
     plain: nn.Module = model
     model.recompute = config.recompute
+    for module in (model, *model.transformer.h):
+        module.dropout = config.dropout
     if world.size > 1:
         with warnings.catch_warnings(action="ignore"):  # torch 2.13 has another name for the last one, 2.11 not
             plain = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -683,7 +700,7 @@ def due(step: int, every: int, config: TrainConfig) -> bool:
     return every > 0 and (step % every == 0 or step == config.max_steps)
 
 
-def measure(step, model: GPT, val_data, examples, config, sample_config, log: Log, requests) -> None:
+def measure(step, model: GPT, optimizer, val_data, examples, config, sample_config, log: Log, requests) -> None:
     """Whatever is due after a step, on the plain model, while the training clock stands still.
 
     val_data (Sequences) and examples (HellaSwag) may be None; requests to stop leave out what can wait.
@@ -694,6 +711,8 @@ def measure(step, model: GPT, val_data, examples, config, sample_config, log: Lo
         loss, tokens = evaluate(model, val_data, config, log.world)
         text = f"validation loss {loss:.4f} over {tokens:,} tokens"
         log.write("val", step, text, loss=loss, tokens=tokens)
+        if config.keep_best and log.world.is_main and loss <= log.lowest("val", "loss"):
+            checkpoint.save(model, optimizer, step, config, log.world.scaler, "ckpt_best.pt")
     if score and not log.world.any(requests):
         found = examples.summary(hellaswag.evaluate(model, examples, log.world))
         text = f"HellaSwag acc_norm {found['acc_norm']:.4f}, acc {found['acc']:.4f}"
@@ -736,7 +755,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
 
         # Measure the untrained model, or, again, what a run that was stopped may have left out.
         requests: list[float] = []  # to stop: the times of signals
-        look = partial(measure, model=model, val_data=val_data, examples=examples, config=config,
+        look = partial(measure, model=model, optimizer=optimizer, val_data=val_data, examples=examples, config=config,
                        sample_config=sample_config, log=log, requests=requests)  # fmt: skip
         look(start)
 
@@ -757,7 +776,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
                 paused = time.perf_counter()
                 keep = config.keep_every > 0 and step % config.keep_every == 0
                 if world.is_main and (keep or stop or due(step, config.save_every, config)):
-                    checkpoint.save(model, optimizer, step, config)
+                    checkpoint.save(model, optimizer, step, config, world.scaler)
                 if stop:
                     world.say(f"stopped after step {step}, as asked; saved: the same command resumes")
                     break

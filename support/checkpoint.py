@@ -32,15 +32,17 @@ def find(out_dir: str) -> list[Path]:
     return sorted((Path(out_dir, name) for name in names if re.fullmatch(r"ckpt_\d+\.pt", name)), key=step_of)
 
 
-def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, config) -> None:
-    """Write ckpt_STEP.pt, then delete older ones but the last and those of --keep_every."""
-    path = Path(config.out_dir) / f"ckpt_{step:06d}.pt"
+def save(model: torch.nn.Module, optimizer, step: int, config, scaler=None, name: str = "") -> None:
+    """Write ckpt_STEP.pt, or one of that name; then delete older ones but the last and those of --keep_every."""
+    path = Path(config.out_dir, name or f"ckpt_{step:06d}.pt")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"step {step}: the weights are not finite, so they are not saved: take a lower --max_lr")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
              "GPTConfig": dataclasses.asdict(model.config), "TrainConfig": dataclasses.asdict(config)}  # fmt: skip
     if config.mask_unseen:
         state["token_ids"] = model.token_ids.tolist()
+    if scaler and scaler.is_enabled():
+        state["scaler"] = scaler.state_dict()
     # On the CPU, so that any machine loads them; tied ones stay tied.
     copies: dict[tuple, torch.Tensor] = {}
     state = tree_map_only(torch.Tensor, lambda t: copies.setdefault((t.data_ptr(), t.shape), t.cpu()), state)

@@ -1,7 +1,11 @@
 """The log of a run: log.jsonl, the console, and the curves."""
 
 import gc
+import importlib
 import json
+import math
+import os
+import re
 import statistics
 import sys
 from collections import deque
@@ -24,6 +28,8 @@ class Log:
         self.path, self.picture = Path(out_dir, "log.jsonl"), Path(out_dir, "curves.png")
         self.world = world
         self.recent: deque[float] = deque(maxlen=20)  # tokens per second
+        self.skipped = 0  # steps of this process
+        self.tracker = None
         self.lock = FileLock(Path(out_dir, ".lock"), blocking=False)
         if not world.is_main:
             return
@@ -56,6 +62,9 @@ class Log:
         except OSError as error:
             error.filename = str(self.path)  # which a failed write doesn't tell
             raise
+        if self.tracker:
+            numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+            self.tracker.log({f"{event}/{key}": value for key, value in numbers.items()}, step=step)
 
     def begin(self, step: int, model, data, config, sample_config) -> None:
         """Log settings, versions and facts; UserError if the run began with other shards."""
@@ -75,12 +84,26 @@ class Log:
             "parameters": model.n_params, "train_tokens": data.n_tokens,
             "data": data.paths[0].name.split("_")[0], "tokens_allowed": len(model.token_ids),
         }  # fmt: skip
-        self.write("start", step, **vars(model.config) | vars(config) | vars(sample_config) | facts)
+        settings = vars(model.config) | vars(config) | vars(sample_config) | facts
+        self.write("start", step, **settings)
+        if config.track and world.is_main:
+            self.begin_tracking(config.track, settings)
         dtype = str(world.dtype).removeprefix("torch.")
         world.say(f"GPT-2 with {model.n_params:,} parameters on {world.size} x {device}, {dtype}")
         world.say(f"{data.n_tokens:,} tokens in {config.data_dir}; step {step} to {config.max_steps}")
         if config.mask_unseen:
             world.say(f"{len(model.token_ids):,} of {model.config.n_vocab:,} tokens occur; the others are masked")
+
+    def begin_tracking(self, package: str, settings: dict) -> None:
+        """Begin a run of wandb or trackio, or go on with this log's; UserError if the package is missing."""
+        try:
+            self.tracker = importlib.import_module(package)
+        except ImportError:
+            raise UserError(f"--track {package}: run `pip install {package}` first") from None
+        first = next(iter(read_log(self.path)["start"].values()))
+        name = re.sub(r"\W+", "-", f"{self.path.resolve().parent.name}-{first['time']}")
+        os.environ["WANDB_RUN_ID"] = name  # to trackio the name is enough
+        self.tracker.init(project="train_gpt2", name=name, resume="allow", config=settings)
 
     def train(self, step: int, loss: float, norm: float, lr: float, tokens: int, seconds: float, left: int) -> None:
         """Log an update of so many tokens; `left` is how many are still to come."""
@@ -88,11 +111,14 @@ class Log:
         self.recent.append(rate)
         mfu = self.mfu_of_a_token and rate * self.mfu_of_a_token
         measured = {"ms": 1000 * seconds, "tokens": tokens, "tokens_per_s": rate, "mfu": mfu}
-        self.write("train", step, loss=loss, lr=lr, grad_norm=norm, **measured)
+        skipped = not math.isfinite(norm)  # by float16's scaler
+        self.skipped += skipped
+        self.write("train", step, loss=loss, lr=lr, grad_norm=None if skipped else norm, **measured)
         if step % self.print_every == 0 or step == self.max_steps:
             minutes, s = divmod(round(left / statistics.median(self.recent)), 60)
             speed = f"{rate:,.0f}/s" if rate < 10_000 else f"{rate / 1000:,.0f}k/s"
             speed += f" | MFU {mfu:.0%}" if mfu else ""
+            speed += f" | {self.skipped} skipped" if self.skipped else ""
             self.world.say(
                 f"step {step:5d}/{self.max_steps} | loss {loss:.4f} | norm {norm:.2f} | {speed} | "
                 f"{minutes // 60}:{minutes % 60:02}:{s:02} left"
@@ -102,6 +128,10 @@ class Log:
         """A value of the event's last line, on every rank; the default if there is none."""
         found = list(read_log(self.path).get(event, {}).values())
         return found[-1].get(key, default) if found else default
+
+    def lowest(self, event: str, key: str) -> float:
+        """The least of an event's values so far."""
+        return min(entry[key] for entry in read_log(self.path)[event].values())
 
     def draw_curves(self) -> None:
         """Draw curves.png, or warn: a picture is no reason to end a run of days."""

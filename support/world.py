@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -70,8 +71,13 @@ class World:
         return self.device.type == "cuda"
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in bfloat16, if that is the run's dtype."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        """Matrix products in bfloat16 or float16, if that is the run's dtype."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @cached_property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales losses, as small gradients vanish in float16; for other dtypes it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def move(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; on CUDA without waiting for the copy."""

@@ -46,6 +46,18 @@ def nan_at_step_4_on_rank_1(step, model):
         model.register_forward_hook(lambda module, inputs, loss: loss * math.nan)
 
 
+def overflow_at_step_3_on_rank_1(step, model):
+    def overflow(gradient):
+        return gradient * math.inf if overflow.step == 3 else gradient
+
+    if step == 1 and os.environ["RANK"] == "1":
+        weight = model.module.transformer.ln_f.weight
+        weight.register_hook(overflow)
+        model.overflow = overflow
+    if hasattr(model, "overflow"):
+        model.overflow.step = step
+
+
 def sigterm_at_step_3(step, model):
     if step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
