@@ -47,6 +47,8 @@ class Log:
             left_over.unlink(missing_ok=True)
 
     def close(self) -> None:
+        if self.tracker:
+            self.tracker.finish()
         self.lock.release()
 
     def write(self, event: str, step: int, text: str = "", **values) -> None:

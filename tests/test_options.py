@@ -202,11 +202,14 @@ def test_what_the_log_gets_is_tracked_and_a_resumed_run_goes_on_in_the_same(shar
     module = types.ModuleType(package)
     module.init = lambda **settings: begun.append(settings)
     module.log = lambda values, step: sent.setdefault(step, {}).update(values)
+    module.finish = lambda: begun[-1].update(finished=True)
     monkeypatch.setitem(sys.modules, package, module)
     flags = tiny_flags(shards, tmp_path / "log", track=package, save_every=1)
     stop_after(3, flags)
     assert run_train(flags) == 0
     assert begun[0]["name"] == begun[1]["name"]
+    assert begun[0]["finished"]
+    assert begun[1]["finished"]
     assert begun[0]["resume"] == begun[1]["resume"] == "allow"
     assert begun[0]["config"]["max_lr"] == 0.01
     assert {step: values["train/loss"] for step, values in sent.items() if step} == losses(tmp_path / "log")
