@@ -1,13 +1,14 @@
 """Turn text into the shards that train_gpt2.py reads.
 
-    python fineweb.py                           # FineWeb-Edu, 10B tokens, into edu_fineweb10B/
-    python fineweb.py --max_tokens 500000000    # its first 500M tokens
-    python fineweb.py --dataset my_texts        # a folder or a file of yours, or OWNER/NAME on the Hub
-    python fineweb.py --demo                    # prose that comes with Python, into demo_data/
+    python fineweb.py                         # into edu_fineweb10B/
+    python fineweb.py --max_tokens 500000000  # its first 500M tokens
+    python fineweb.py --dataset my_texts      # a folder, a file, or OWNER/NAME
+    python fineweb.py --demo                  # what comes with Python
 
-A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: PREFIX_val_000000.npy first, then
-PREFIX_train_000001.npy and so on. Documents follow each other, each opened by <|endoftext|>, across
-shards. manifest.json says what they were made from. The same command resumes after the last shard.
+A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: first
+PREFIX_val_000000.npy, then PREFIX_train_000001.npy and so on. Documents follow
+each other, each opened by <|endoftext|>, across shards. manifest.json says what
+they were made from. The same command resumes after the last shard.
 """
 
 import ast

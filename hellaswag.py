@@ -1,15 +1,16 @@
 """HellaSwag: how often does a model find the right one of four endings?
 
-    python hellaswag.py                                      # OpenAI's GPT-2 124M
-    python hellaswag.py --model log                          # the newest checkpoint of train_gpt2.py
-    python hellaswag.py --model log --style harness          # a number to compare with lm-evaluation-harness
-    torchrun --nproc_per_node=8 hellaswag.py --model log     # the same numbers from eight GPUs, as JSON on stdout
+    python hellaswag.py                            # OpenAI's GPT-2 124M
+    python hellaswag.py --model log                # the newest checkpoint
+    python hellaswag.py --model log --style harness
+    torchrun --nproc_per_node=8 hellaswag.py       # the same, on eight GPUs
 
-An ending's score is the sum of the log-probabilities of its tokens after the context. `acc` counts the examples whose
-right ending has the highest score, `acc_norm` those where it has the highest score over its length. Two styles:
+An ending's score is the sum of the log-probabilities of its tokens after the
+context. `acc` counts the examples whose right ending has the highest score,
+`acc_norm` those where it has the highest over its length. JSON on stdout.
 
-    completion    the context, a space, the ending; length in tokens. OpenAI's GPT-2 124M: acc 0.2859, acc_norm 0.2955
-    harness       texts and length (in characters) of lm-evaluation-harness.               acc 0.2892, acc_norm 0.3114
+completion  context, space, ending; tokens. OpenAI's 124M: 0.2859, 0.2955
+harness     lm-evaluation-harness' text; characters.       0.2892, 0.3114
 """
 
 import json
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from support.cli import Parser, UserError, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
@@ -242,8 +242,7 @@ def evaluate(model, data: HellaSwag, world: World) -> np.ndarray:
     mine = data.batches[world.rank :: world.size]
     V = model.config.vocab_size
     buffer = torch.empty(max(1, LOGIT_BYTES // (4 * V)), V, device=world.device)
-    quiet = None if world.is_main else True  # None: unless no terminal sees it
-    for batch in tqdm(mine, desc="HellaSwag", unit="batch", delay=5, leave=False, disable=quiet):
+    for batch in world.progress(mine, "HellaSwag"):
         found = score(model, batch, world, buffer)
         scores += np.bincount(batch.endings.numpy(), weights=found, minlength=4 * n)
     return np.array(world.sum(*scores)).reshape(n, 4)

@@ -1,14 +1,15 @@
 """Train GPT-2 (124M) from scratch, in one file that reads from top to bottom.
 
-    python train_gpt2.py --demo                           # a small GPT-2 in minutes, on any machine
-    python train_gpt2.py                                  # GPT-2 124M on one GPU
-    torchrun --nproc_per_node=8 train_gpt2.py             # the same run, batch by batch, on eight
-    python train_gpt2.py --optimizer muon                 # GPT-2 124M from fewer tokens
-    python train_gpt2.py --sample --prompt "Once upon"    # text from the newest checkpoint
-    python train_gpt2.py --export my_gpt2                 # that checkpoint for `transformers`
+    python train_gpt2.py --demo                         # a small one, anywhere
+    python train_gpt2.py                                # GPT-2 124M on one GPU
+    torchrun --nproc_per_node=8 train_gpt2.py           # the same run on eight
+    python train_gpt2.py --optimizer muon               # ... from fewer tokens
+    python train_gpt2.py --sample --prompt "Once upon"  # text from the newest
+    python train_gpt2.py --export my_gpt2               # ... for transformers
 
-The same command again resumes from the newest checkpoint. Shards come from fineweb.py. Written to
---out_dir: log.jsonl (one JSON object a line), curves.png, ckpt_STEP.pt.
+The same command again resumes from the newest checkpoint. Shards come from
+fineweb.py. Written to --out_dir: log.jsonl (one JSON object a line),
+curves.png, ckpt_STEP.pt.
 """
 
 # Shapes in comments: B batch, T time (positions), C channels (n_embd), H heads, D = C / H,
@@ -35,7 +36,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
-from tqdm import tqdm
 
 import fineweb
 import hellaswag
@@ -76,15 +76,19 @@ class GPTConfig(Config):
 class TrainConfig(Config):
     """One training run; the defaults train GPT-2 124M for one epoch of 10B tokens."""
 
+    demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
+    init_from: str = option("scratch", "or gpt2[-medium, -large, -xl], DIR, FILE", fixed=True)
     data_dir: str = option("edu_fineweb10B", "folder of the shards")
     out_dir: str = option("log", "folder for log.jsonl, curves.png and the checkpoints")
+    micro_batch: int | Literal["auto"] = option("auto", "sequences per pass; auto: what fits a GPU", min=1)
+    max_steps: int = option(19073, "optimiser steps", min=0, fixed=True)
+    resume: bool = option(True, "resume from the newest checkpoint in --out_dir")
+    extend: bool = option(False, "let --max_steps grow on resume, which stretches the decay")
     seed: int = option(1337, "for initial weights, data order, samples", min=0, fixed=True)
     device: str = option("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "bfloat16 if the device has it")
     compile: bool = option(True, "use torch.compile for the training step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices", fixed=True)
-    order: Literal["hashed", "numpy"] = option("hashed", "numpy: to resume older runs", fixed=True)
-    max_steps: int = option(19073, "optimiser steps", min=0, fixed=True)
     warmup_steps: int = option(715, "steps of linear warm-up", min=0, fixed=True)
     max_lr: float = option(6e-4, "learning rate after the warm-up", min=1e-12, fixed=True)
     min_lr: float = option(6e-5, "learning rate at the end", min=0, fixed=True)
@@ -94,7 +98,6 @@ class TrainConfig(Config):
     init_std: float = option(0.02, "standard deviation of the initial weights", min=1e-12, fixed=True)
     grad_clip: float = option(1.0, "largest gradient norm; 0 = no limit", min=0, fixed=True)
     batch_tokens: int = option(2**19, "tokens per step, over all ranks", min=1, fixed=True)
-    micro_batch: int | Literal["auto"] = option("auto", "sequences per pass; auto: what fits a GPU", min=1)
     recompute: bool = option(False, "recompute blocks in the backward pass, for memory")
     dropout: float = option(0.0, "of what embeddings and branches add, for small corpora", min=0, fixed=True)
     batch_ramp_steps: int = option(0, "steps of a growing batch; 0 = none", min=0, fixed=True)
@@ -110,14 +113,8 @@ class TrainConfig(Config):
     keep_every: int = option(0, "steps between those that are kept for good; 0 = none", min=0)
     keep_best: bool = option(False, "keep the lowest validation loss's, too, as ckpt_best.pt")
     track: Literal["", "wandb", "trackio"] = option("", "send the log there, too")
-    init_from: str = option("scratch", "or gpt2[-medium, -large, -xl], DIR, FILE", fixed=True)
-    resume: bool = option(True, "resume from the newest checkpoint in --out_dir")
-    extend: bool = option(False, "let --max_steps grow on resume, which stretches the decay")
-    demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
 
     def check(self):
-        if self.dropout >= 1:
-            raise ValueError(f"--dropout {self.dropout} must be below 1")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --max_lr {self.max_lr}")
         if self.max_steps and self.warmup_steps >= self.max_steps:
@@ -289,9 +286,9 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, positions=None, mask=None, cache=None) -> Tensor:
         """Hidden states (B, T, C) after ln_f, for token ids (B, T).
 
-        By default, position t sees 0 to t. Positions (B, T) or (T,) and a mask (B, 1, T, T), minus infinity
-        where a token (row) may not see another (column), else 0, replace that. With a cache (n_layer, 2, B, H, S, D)
-        tokens are the last T of S positions (T = S or 1); their keys and values are put in it.
+        By default, position t sees 0 to t. Positions (B, T) or (T,) and a mask (B, 1, T, T), minus infinity where a
+        token (row) may not see another (column), else 0, replace that. With a cache (n_layer, 2, B, H, S, D) tokens are
+        the last T of S positions (T = S or 1); their keys and values are put in it.
         """
         T = tokens.size(1)
         if positions is None:
@@ -424,7 +421,7 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
     T = data.block_size
     first, count = tokens_before(step, config) // T, tokens_of(step, config) // T
     mine = range(first + rank * count // size, first + (rank + 1) * count // size)
-    x, y = data.read(sequences_at(mine, len(data), config.seed, config.order))
+    x, y = data.read(sequences_at(mine, len(data), config.seed))
     micro_batch = config.micro_batch
     if step <= config.batch_ramp_steps:  # a divisor of every batch, so that torch.compile sees few shapes
         micro_batch = math.gcd(micro_batch, config.batch_ramp_from // T // size)
@@ -441,10 +438,9 @@ def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
     """Raise UserError unless each step's tokens are whole sequences, one for each rank at least."""
     for name in ("batch_tokens", "batch_ramp_from") if config.batch_ramp_steps else ("batch_tokens",):
         tokens = getattr(config, name)
-        if tokens % block_size:
-            raise UserError(f"--{name} {tokens} is not a multiple of --block_size {block_size}", status=2)
-        if tokens < block_size * ranks:
-            raise UserError(f"--{name} {tokens} is less than a sequence of {block_size} for each of {ranks} ranks", 2)
+        if tokens % block_size or tokens < block_size * ranks:
+            fix = f"take a multiple of --block_size {block_size}, one or more for each of {ranks} ranks"
+            raise UserError(f"--{name} {tokens}: {fix}", 2)
 
 
 # ---------------------------------------------------------------- optimisation
@@ -482,9 +478,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     return adamw(groups, betas=(0.9, 0.95))
 
 
-def train_step(
-    model: nn.Module, optimizer: Optimizer, batches: list, step: int, config: TrainConfig, world, requests=()
-) -> tuple[float, float, bool]:
+def train_step(model: nn.Module, optimizer: Optimizer, batches: list, step: int, config, world, requests=()) -> tuple:
     """Make update `step`, counted from 1: mean loss over all ranks, gradient norm, whether a rank has requests.
 
     If loss or norm is not finite, all ranks raise UserError before the update.
@@ -535,9 +529,8 @@ def evaluate(model: GPT, data: Sequences, config: TrainConfig, world: World) -> 
     T = data.block_size
     n = min(len(data), max(1, config.val_tokens // T))
     mine = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-    losses, quiet = [], None if world.is_main else True
-    parts = range(0, len(mine), config.micro_batch)
-    for i in tqdm(parts, desc="validation", delay=5, leave=False, disable=quiet):  # None: unless no terminal sees it
+    losses, parts = [], range(0, len(mine), config.micro_batch)
+    for i in world.progress(parts, "validation"):
         x, y = data.read(mine[i : i + config.micro_batch])
         losses.append(evaluation_loss(model, world.move(x), world.move(y), world) * len(x))
     mine_total = sum(torch.stack(losses).tolist()) if losses else 0.0
@@ -579,7 +572,7 @@ def generate(model: GPT, prompt: list[int], config: SampleConfig, seed: int, wor
 
 
 def encode_prompt(config: SampleConfig, n_vocab: int) -> list[int]:
-    """Token ids of the prompt; UserError if it leaves no room, or the model doesn't know one."""
+    """Token ids of the prompt, in which <|endoftext|> is one; UserError if it leaves no room, or for an unknown one."""
     prompt = tokenizer().encode(config.prompt, allowed_special="all") or [END_OF_TEXT]
     if len(prompt) >= config.max_length:
         raise UserError(f"--prompt has {len(prompt)} tokens: --max_length must be above that", 2)

@@ -112,7 +112,10 @@ def newest(out_dir: str) -> dict[str, Any] | None:
 
 def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
     """Raise UserError, naming the fields, if a run had other settings; without gpt_config, any shape will do."""
-    saved = {"order": "numpy"} | state["GPTConfig"] | state["TrainConfig"]  # runs of before had no --order
+    saved = state["GPTConfig"] | state["TrainConfig"]
+    if saved.get("order", "hashed" if "print_every" in saved else "numpy") == "numpy":
+        what = f"the run in {config.out_dir} is an older version's, which shuffled in another way"
+        raise UserError(f"{what}: give another --out_dir, and --init_from for its weights")
     found, flags, extend = [], [], ""
     for now in (config, gpt_config) if gpt_config else (config,):
         for f in dataclasses.fields(now):

@@ -145,8 +145,8 @@ def as_flag(name: str, value) -> str:
     return f"--{name} {shlex.quote(str(value))}"
 
 
-def how_to_parse(kind) -> dict[str, Any]:
-    """Arguments of add_argument() for a field of this type."""
+def how_to_parse(name: str, kind) -> dict[str, Any]:
+    """Arguments of add_argument() for a field of this name and type."""
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is int:
@@ -157,7 +157,8 @@ def how_to_parse(kind) -> dict[str, Any]:
         return {"choices": get_args(kind)}
     if kind is float:
         return {"type": float, "metavar": "FLOAT"}
-    return {"type": os.path.expanduser, "metavar": "TEXT"}  # as a shell leaves ~ alone in --out_dir=~/x
+    metavar = "DIR" if name.endswith("_dir") else "TEXT"
+    return {"type": os.path.expanduser, "metavar": metavar}  # as a shell leaves ~ alone in --out_dir=~/x
 
 
 def parse_configs(argv: list[str] | None, doc: str, presets: dict, kinds: dict) -> tuple[dict[str, Any], list]:
@@ -177,7 +178,7 @@ change, unless other flags say otherwise, is in the script, in DEMO and MUON."""
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(kind):
             text = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
-            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how_to_parse(f.type))
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how_to_parse(f.name, f.type))
     flags = vars(parser.parse_args(argv))
     if flags["export"] and os.path.lexists(flags["export"]):
         raise UserError(f"--export {flags['export']}: that is there already, name a folder that isn't", 2)

@@ -69,7 +69,6 @@ def write_gpt2(folder: Path, shape: dict[str, int], weights: dict[str, Tensor], 
     The arguments are what read_gpt2() gives, the vocabulary padded or not. Tokens that are not in token_ids become
     `suppress_tokens`, which holds for generate() only. Raises UserError for a model that is no GPT-2.
     """
-    from safetensors.torch import save
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     ends = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
@@ -79,22 +78,21 @@ def write_gpt2(folder: Path, shape: dict[str, int], weights: dict[str, Tensor], 
         attn_pdrop=0.0, architectures=["GPT2LMHeadModel"], dtype="float32", **ends,
         n_ctx=shape["block_size"],  # for llama.cpp's converter
     )  # fmt: skip
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in GPT2LMHeadModel(config).named_parameters()}
     weights = {name: w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
-    weights["transformer.wte.weight"] = weights.pop("lm_head.weight")[:N_VOCAB]  # tied
-    weights = {name: w.cpu().contiguous() for name, w in weights.items()}
-    for name in sorted(expected.keys() | weights.keys()):
-        theirs, ours = expected.get(name), weights[name].shape if name in weights else None
-        if theirs != ours:
-            raise UserError(f"cannot export: {name} is {theirs} in a GPT-2 of `transformers`, here {ours}")
+    weights["transformer.wte.weight"] = weights["lm_head.weight"] = weights["lm_head.weight"][:N_VOCAB]  # tied
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    try:
+        model.load_state_dict({name: w.cpu().contiguous() for name, w in weights.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"cannot export, as this is no GPT-2 of `transformers`: {one_line(error)}") from None
+    model.tie_weights()
     masked = sorted(set(range(N_VOCAB)).difference(token_ids))
     longest = shape["block_size"] if shape["block_size"] < 1024 else None  # a pipeline's own is 256 new tokens
-    generation = GenerationConfig(pad_token_id=END_OF_TEXT, max_length=longest, suppress_tokens=masked or None, **ends)
-    # Not save_file(), whose error hides that the disk is full.
-    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-    config.save_pretrained(folder)
-    generation.save_pretrained(folder)
+    model.generation_config = GenerationConfig(
+        pad_token_id=END_OF_TEXT, max_length=longest, suppress_tokens=masked or None, **ends
+    )
+    model.save_pretrained(folder)
     encoding = fast_tokenizer(model_max_length=shape["block_size"], pad_token="<|endoftext|>", padding_side="left")
     encoding.save_pretrained(folder)
     encoding.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for transformers 4

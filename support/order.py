@@ -60,18 +60,11 @@ def hashed_order(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarra
     return found.astype(np.int64)
 
 
-@lru_cache(maxsize=2)
-def numpy_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation that runs had before there was hashed_order(); RandomState is frozen."""
-    return np.random.RandomState([seed, epoch]).permutation(n)
-
-
-def sequences_at(places: range, n: int, seed: int, order: str) -> list[int]:
+def sequences_at(places: range, n: int, seed: int) -> list[int]:
     """Which of n sequences stand at these places of the epochs end to end, each shuffled anew."""
     found: list[int] = []
     while places:
         epoch, first = divmod(places[0], n)
         here, places = np.array(places[: n - first]) % n, places[n - first :]
-        rows = numpy_order(n, seed, epoch)[here] if order == "numpy" else hashed_order(here, n, seed, epoch)
-        found += rows.tolist()
+        found += hashed_order(here, n, seed, epoch).tolist()
     return found

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from support.cli import UserError, one_line, say
 
@@ -118,6 +119,10 @@ class World:
             return MemoryError()
         return error or (RuntimeError("it failed on another rank") if failed else None)
 
+    def progress(self, parts, what: str) -> tqdm:
+        """A bar on the first rank's terminal, if there is one, after five seconds."""
+        return tqdm(parts, what, leave=False, delay=5, disable=None if self.is_main else True)
+
     def say(self, text: str) -> None:
         if self.is_main:
             say(text)
@@ -125,13 +130,13 @@ class World:
 
 def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
     """The device for this process of local_size on the machine; UserError if it isn't there."""
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        has_mps = torch.backends.mps.is_available() and local_size == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and local_size == 1 else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: take auto, cuda, cuda:1 (for example), mps or cpu", status=2)
     device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if device.type == "mps" and not mps:
         raise UserError("--device mps: not available here, take --device cpu")
     if device.type == "cuda":
         found = torch.cuda.device_count()

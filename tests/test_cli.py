@@ -65,6 +65,18 @@ def test_help_names_every_flag_and_says_what_a_resumed_run_may_change():
     for name in flags.split():
         assert name in result.stdout
     assert "--extend" in result.stdout[result.stdout.index("A run resumes") :]
+    assert "--seed N " in result.stdout
+    assert "--max_lr FLOAT " in result.stdout
+    assert "--out_dir DIR " in result.stdout
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py"])
+def test_help_fits_80_columns_and_begins_with_what_people_reach_for(script):
+    result = run_script([script, "--help"], env={"COLUMNS": "80"})
+    assert [line for line in result.stdout.splitlines() if len(line) > 80] == []
+    if script == "train_gpt2.py":
+        first = [result.stdout.index(f"  --{name}") for name in ("demo", "init_from", "out_dir", "micro_batch", "seed")]
+        assert first == sorted(first)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +140,7 @@ def test_without_shards_the_default_command_says_what_to_run(tmp_path):
         ("--grad_clip inf", "--grad_clip inf"),
         ("--seed -1", "--seed -1"),
         ("--seed 4294967296", "--seed 4294967296"),
-        ("--dtype float16", "float16"),
+        ("--dtype half", "half"),
         ("--device tpu", "tpu"),
         ("--top_k 0", "--top_k 0"),
         ("--num_samples 0", "--num_samples 0"),

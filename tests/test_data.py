@@ -65,16 +65,10 @@ def test_the_seed_alone_sets_the_order(shards):
     assert not torch.equal(x, global_batch(1, data, 1, 8, TrainConfig(batch_tokens=128, seed=1))[0])
 
 
-def test_the_order_is_the_one_that_earlier_versions_had():
-    two_epochs = [3, 4, 5, 9, 7, 1, 6, 0, 8, 2, 0, 8, 2, 1, 3, 9, 6, 4, 5, 7]
-    assert sequences_at(range(20), 10, 1337, "numpy") == two_epochs
-    assert sequences_at(range(7, 13), 10, 1337, "numpy") == two_epochs[7:13]
-
-
 def test_the_order_is_a_permutation_of_any_number_of_sequences_and_never_changes():
     for n in (*range(1, 70), 255, 256, 257, 1000, 4097, 65_537):
         assert np.array_equal(np.sort(hashed_order(np.arange(n), n, 1337, 0)), np.arange(n))
-    assert sequences_at(range(20), 10, 1337, "hashed") == HASHED
+    assert sequences_at(range(20), 10, 1337) == HASHED
 
 
 def test_the_order_has_no_visible_structure():
@@ -94,7 +88,7 @@ def test_the_order_has_no_visible_structure():
 
 def test_the_order_of_a_billion_sequences_takes_no_memory():
     tracemalloc.start()
-    rows = sequences_at(range(3 * 10**9 - 256, 3 * 10**9 + 256), 10**9, 1337, "hashed")
+    rows = sequences_at(range(3 * 10**9 - 256, 3 * 10**9 + 256), 10**9, 1337)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(rows) == 512
@@ -176,7 +170,7 @@ def test_without_shards_the_way_out_is_named(tmp_path):
     write_shards(tmp_path / "data", [100])
     with pytest.raises(UserError, match="no val shards in .*data: call a shard NAME_val_.*--eval_every 0"):
         sequences(tmp_path / "data", "val")
-    with pytest.raises(UserError, match="no train shards in .*/no: run `python fineweb.py` first.*--demo`$"):
+    with pytest.raises(UserError, match="no train shards in .*/no: run `python fineweb.py` first, or try --demo"):
         sequences(tmp_path / "no", "train")
     (tmp_path / "data" / "tiny_train_000000.npy").rename(tmp_path / "data" / "shard0.npy")
     with pytest.raises(UserError, match="no train shards in .*; shards of your own are called NAME_train_000001.npy"):
@@ -251,10 +245,10 @@ def test_ranks_and_micro_batches_that_do_not_divide_the_batch_share_it_by_weight
 
 def test_a_batch_that_is_no_whole_sequences_or_too_few_for_the_ranks_is_refused_with_its_numbers():
     check_batch(TrainConfig(micro_batch=48), 1024, 7)
-    with pytest.raises(UserError, match="--batch_tokens 524288 is not a multiple of --block_size 1000") as error:
+    with pytest.raises(UserError, match="--batch_tokens 524288: take a multiple of --block_size 1000") as error:
         check_batch(TrainConfig(), 1000, 8)
     assert error.value.status == 2
-    with pytest.raises(UserError, match="--batch_tokens 2048 is less than a sequence of 1024 for each of 3 ranks"):
+    with pytest.raises(UserError, match="--batch_tokens 2048: .*, one or more for each of 3 ranks"):
         check_batch(TrainConfig(batch_tokens=2048), 1024, 3)
 
 

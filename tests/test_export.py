@@ -248,9 +248,8 @@ def test_an_export_without_a_checkpoint_or_with_another_vocabulary_ends_in_one_l
     capsys.readouterr()
     assert run_train(["--export", tmp_path / "out", "--out_dir", tmp_path / "log"]) == 1
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith(
-        "train_gpt2.py: cannot export: transformer.wte.weight is torch.Size([50257, 16])"
-    )
+    assert error.splitlines()[-1].startswith("train_gpt2.py: cannot export, as this is no GPT-2 of `transformers`")
+    assert "transformer.wte.weight" in error
     assert not (tmp_path / "out").exists()
     assert run_train(["--export", tmp_path / "out", "--sample"]) == 2
 

@@ -330,7 +330,7 @@ def test_labels_may_be_numbers_and_empty_lines_are_passed_over(tmp_path):
         (["--device", "gpu"], "--device gpu", 2),
         (["--data", "nothing.jsonl"], "nothing.jsonl is no .parquet or .jsonl file", 1),
         (["--model", "nothing"], "no checkpoint in nothing, nor what `transformers` saves", 1),
-        (["--model", "rows.jsonl"], "cannot read checkpoint rows.jsonl (no checkpoint, or one that holds code)", 1),
+        (["--model", "rows.jsonl"], "cannot read checkpoint rows.jsonl (no checkpoint, or one that holds code;", 1),
         (["--per_example", "no/folder/each.jsonl"], "--per_example no/folder/each.jsonl: name a plain file", 2),
         (["--per_example", "/dev/null"], "--per_example /dev/null: name a plain file", 2),
     ],

@@ -70,11 +70,6 @@ def test_dropout_scales_what_it_keeps_and_is_the_same_recomputed(shards, tmp_pat
     assert losses(tmp_path / "kept") == losses(tmp_path / "recomputed")
 
 
-def test_dropout_of_1_is_refused(shards, tmp_path, capsys):
-    assert run_train(tiny_flags(shards, tmp_path / "log", dropout=1)) == 2
-    assert "--dropout 1.0 must be below 1" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------- float16
 
 

@@ -68,7 +68,7 @@ def test_global_batch_of_a_ramp_does_not_depend_on_ranks_or_micro_batch(shards, 
     data = sequences(shards, "train")
     config = TrainConfig(micro_batch=micro_batch, **RAMP)
     check_batch(config, 16, ranks)
-    order = sequences_at(range(4 * len(data)), len(data), config.seed, "hashed")
+    order = sequences_at(range(4 * len(data)), len(data), config.seed)
     position, shapes = 0, set()
     for step, size in enumerate(SIZES, 1):
         batches = [part for rank in range(ranks) for part in step_batches(step, data, config, rank, ranks)]
@@ -147,7 +147,9 @@ def test_the_picture_shows_the_tokens_of_a_ramp(tmp_path, monkeypatch):
 
 
 def test_a_ramp_that_cannot_be_dealt_out_is_refused(shards, tmp_path, capsys):
-    with pytest.raises(UserError, match="--batch_ramp_from 64 is less than a sequence of 16 for each of 8") as error:
+    with pytest.raises(
+        UserError, match="--batch_ramp_from 64: take a multiple of --block_size 16, one or more for each of 8"
+    ) as error:
         check_batch(TrainConfig(micro_batch=2, **RAMP), 16, 8)
     assert error.value.status == 2
     check_batch(TrainConfig(micro_batch=2, **RAMP | {"batch_ramp_from": 128}), 16, 8)
