@@ -5,10 +5,9 @@
     python fineweb.py --dataset my_texts      # a folder, a file, or OWNER/NAME
     python fineweb.py --demo                  # what comes with Python
 
-A shard is a 1-D uint16 array of GPT-2 tokens in a .npy file: first
-PREFIX_val_000000.npy, then PREFIX_train_000001.npy and so on. Documents follow
-each other, each opened by <|endoftext|>, across shards. manifest.json says what
-they were made from. The same command resumes after the last shard.
+A shard is a 1-D uint16 .npy file of GPT-2 tokens: PREFIX_val_000000.npy first,
+then PREFIX_train_000001.npy and so on. <|endoftext|> opens each document. Made
+from what manifest.json says; the same command resumes after the last shard.
 """
 
 import ast

@@ -2,15 +2,13 @@
 
     python hellaswag.py                            # OpenAI's GPT-2 124M
     python hellaswag.py --model log                # the newest checkpoint
-    python hellaswag.py --model log --style harness
     torchrun --nproc_per_node=8 hellaswag.py       # the same, on eight GPUs
 
 An ending's score is the sum of the log-probabilities of its tokens after the
 context. `acc` counts the examples whose right ending has the highest score,
 `acc_norm` those where it has the highest over its length. JSON on stdout.
-
-completion  context, space, ending; tokens. OpenAI's 124M: 0.2859, 0.2955
-harness     lm-evaluation-harness' text; characters.       0.2892, 0.3114
+--style completion  context, space, ending; tokens. OpenAI's: 0.2859, 0.2955
+--style harness     lm-evaluation-harness' text; characters.  0.2892, 0.3114
 """
 
 import json
@@ -239,10 +237,9 @@ def evaluate(model, data: HellaSwag, world: World) -> np.ndarray:
     """The scores (n, 4) in nats of all endings, on every rank; each computes some batches."""
     n = len(data.labels)
     scores = np.zeros(4 * n)
-    mine = data.batches[world.rank :: world.size]
     V = model.config.vocab_size
     buffer = torch.empty(max(1, LOGIT_BYTES // (4 * V)), V, device=world.device)
-    for batch in world.progress(mine, "HellaSwag"):
+    for batch in world.progress(data.batches[world.rank :: world.size], "HellaSwag"):
         found = score(model, batch, world, buffer)
         scores += np.bincount(batch.endings.numpy(), weights=found, minlength=4 * n)
     return np.array(world.sum(*scores)).reshape(n, 4)

@@ -8,8 +8,7 @@
     python train_gpt2.py --export my_gpt2               # ... for transformers
 
 The same command again resumes from the newest checkpoint. Shards come from
-fineweb.py. Written to --out_dir: log.jsonl (one JSON object a line),
-curves.png, ckpt_STEP.pt.
+fineweb.py. --out_dir gets log.jsonl, curves.png and ckpt_STEP.pt.
 """
 
 # Shapes in comments: B batch, T time (positions), C channels (n_embd), H heads, D = C / H,
@@ -211,10 +210,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 on the CPU, its weights drawn from `seed` alone; with None, load_state_dict() fills them."""
 
-    # At a time: 42,691 rows of 50,304 pass 2**31 elements, where kernels need 64-bit indices.
-    LOGIT_ROWS = 32_768
-    # In evaluation, which has float32 logits, and as many numbers again for their softmax.
-    LOGIT_BYTES = 3 * 2**29
+    LOGIT_ROWS = 32_768  # at a time: 42,691 of 50,304 pass 2**31 elements, where kernels need 64-bit indices
+    LOGIT_BYTES = 3 * 2**29  # in evaluation, which has float32 logits, and as many numbers again for their softmax
     recompute, dropout = False, 0.0  # what train() sets
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
@@ -366,8 +363,7 @@ def load_model(source: str, block_size: int | None = None) -> GPT:
     state = checkpoint.read(Path(source)) if os.path.isfile(source) else checkpoint.newest(source)
     model = GPT.from_checkpoint(state) if state else GPT.from_pretrained(source)
     if block_size and block_size > model.config.block_size:
-        longest = model.config.block_size
-        raise UserError(f"--block_size {block_size}: {source} has {longest} positions", status=2)
+        raise UserError(f"--block_size {block_size}: {source} has {model.config.block_size} positions", status=2)
     if block_size:
         kept = model.transformer.wpe.weight[:block_size].detach().clone()
         model.transformer.wpe.weight = nn.Parameter(kept)
@@ -624,10 +620,7 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
 
 
 def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: int, log: Log) -> tuple:
-    """What train_step() calls, and the config with the micro-batch that --micro_batch auto stands for.
-
-    The first shares the model's weights, is wrapped for several ranks and, if that works here, compiled.
-    """
+    """What train_step() calls, wrapped and compiled, and the config with the micro-batch that auto stands for."""
     world, T = log.world, model.config.block_size
     plain: nn.Module = model
     model.recompute = config.recompute
@@ -653,21 +646,19 @@ def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: i
         x, y = (torch.zeros(shape, dtype=torch.int64, device=world.device) for _ in range(2))
         states = 0 if optimizer.state else 2  # as many as AdamW will keep
         _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(states)]
-        try:
-            # Without DDP's all-reduce, for which a rank that fails would never come.
-            with nullcontext() if world.size == 1 else plain.no_sync():
-                for _ in range(2):  # the second time beside the gradients of the first
-                    began = time.perf_counter()
-                    with world.autocast():
-                        loss = step_model(x, y)
-                    loss.backward()
-                    seconds = time.perf_counter() - began
-            evaluation_loss(model, x, y, world)
-        finally:
-            model.zero_grad(set_to_none=True)
+        # Without DDP's all-reduce, for which a rank that fails would never come.
+        with nullcontext() if world.size == 1 else plain.no_sync():
+            for _ in range(2):  # the second time beside the gradients of the first
+                began = time.perf_counter()
+                with world.autocast():
+                    loss = step_model(x, y)
+                loss.backward()
+                seconds = time.perf_counter() - began
+        evaluation_loss(model, x, y, world)
 
     while start < config.max_steps:
         error = world.attempt(first_step)
+        model.zero_grad(set_to_none=True)
         if error is None:
             break
         if isinstance(error, MemoryError) and config.micro_batch == "auto" and size > 1:
@@ -694,10 +685,7 @@ def due(step: int, every: int, config: TrainConfig) -> bool:
 
 
 def measure(step, model: GPT, optimizer, val_data, examples, config, sample_config, log: Log, requests) -> None:
-    """Whatever is due after a step, on the plain model, while the training clock stands still.
-
-    val_data (Sequences) and examples (HellaSwag) may be None; requests to stop leave out what can wait.
-    """
+    """Whatever is due after a step, on the plain model; requests to stop leave out what can wait."""
     validate = val_data is not None and due(step, config.eval_every, config)
     score = examples is not None and due(step, config.hellaswag_every, config)
     if validate:
@@ -736,11 +724,10 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     if config.sample_every:
         encode_prompt(sample_config, model.config.n_vocab)
     data = Sequences(config.data_dir, "train", T, token_ids)
-    val_data = examples = None
-    if config.eval_every:
-        val_data = Sequences(config.data_dir, "val", T, token_ids)
+    val_data = Sequences(config.data_dir, "val", T, token_ids) if config.eval_every else None
     with closing(Log(config.out_dir, world)) as log:
         log.begin(start, model, data, config, sample_config)
+        examples = None
         if config.hellaswag_every:
             examples = hellaswag.load_or_warn(config.hellaswag_data, model.config, world)
 
@@ -767,8 +754,8 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
                 lr, tokens = learning_rate(step, config), tokens_of(step, config)
                 log.train(step, loss, norm, lr, tokens, ended - began, left)
                 paused = time.perf_counter()
-                keep = config.keep_every > 0 and step % config.keep_every == 0
-                if world.is_main and (keep or stop or due(step, config.save_every, config)):
+                saves = [due(step, every, config) for every in (config.save_every, config.keep_every)]
+                if world.is_main and (stop or any(saves)):
                     checkpoint.save(model, optimizer, step, config, world.scaler)
                 if stop:
                     world.say(f"stopped after step {step}, as asked; saved: the same command resumes")
