@@ -18,7 +18,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import sysconfig
 import warnings
@@ -596,5 +595,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_script(main, "fineweb.py")

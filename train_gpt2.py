@@ -754,8 +754,8 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
                 lr, tokens = learning_rate(step, config), tokens_of(step, config)
                 log.train(step, loss, norm, lr, tokens, ended - began, left)
                 paused = time.perf_counter()
-                saves = [due(step, every, config) for every in (config.save_every, config.keep_every)]
-                if world.is_main and (stop or any(saves)):
+                keep = config.keep_every > 0 and step % config.keep_every == 0
+                if world.is_main and (stop or keep or due(step, config.save_every, config)):
                     checkpoint.save(model, optimizer, step, config, world.scaler)
                 if stop:
                     world.say(f"stopped after step {step}, as asked; saved: the same command resumes")

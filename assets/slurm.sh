@@ -7,7 +7,8 @@
 #     sbatch assets/slurm.sh
 #
 # Two minutes before the end of its time, the run ends its step, saves a checkpoint and stops: --signal sends SIGTERM to
-# torchrun, which passes it on, and waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds for the ranks.
+# torchrun, which passes it on, and waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds for the ranks. (SIGUSR1 stops a run as
+# well, but torchrun passes it on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.)
 #
 # Without Slurm, run these two lines on each of two machines. Only the machine that the endpoint names must stay up; if
 # the other is lost, all wait, and start again from the newest checkpoint once its torchrun is started again:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def run_script(main: Callable[[], None], program: str) -> NoReturn:
     """End the process with main()'s exit_status(), without a wait for threads that download or hang."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it, and a closed one is None
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = exit_status(main, program)
     except KeyboardInterrupt:  # a second one

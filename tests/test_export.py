@@ -209,7 +209,7 @@ def test_a_killed_export_leaves_no_half_folder_and_the_next_one_is_whole(exporte
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(exported / "out"))
 
 
-def test_two_that_make_the_same_folder_take_turns(tmp_path):
+def test_of_two_that_make_the_same_folder_one_wins(tmp_path):
     def make(name: str) -> None:
         with whole_folder(tmp_path / "out") as folder:
             (folder / name).write_text("x")

@@ -88,6 +88,38 @@ def test_a_hangup_and_slurms_signal_save_like_sigterm(shards, tmp_path, name):
     assert f"stopped after step {newest(tmp_path / 'log')['step']}, as asked" in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_torchrun_hands_on_a_hangup_and_slurms_signal(shards, tmp_path, name):
+    torchrun = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # else all but the last
+    flags = ["train_gpt2.py", *tiny_flags(shards, tmp_path / "log", **LONG)]
+    process = start_script(flags, ranks=2, torchrun=torchrun)
+    wait_for(lambda: training(tmp_path / "log"), process)
+    process.send_signal(getattr(signal, name))
+    out, _ = process.communicate(timeout=60)
+    step = newest(tmp_path / "log")["step"]
+    assert step == max(losses(tmp_path / "log")) < 2000
+    assert f"stopped after step {step}, as asked" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_evaluation_ends_the_run_at_once(shards, tmp_path, number):
+    hook = (
+        "import sys, time, train_gpt2; train_gpt2.evaluate = lambda *args: print('hangs', flush=True) or time.sleep(60)"
+    )
+    flags = tiny_flags(shards, tmp_path / "log", **LONG | {"eval_every": 1})
+    program = (
+        f"{hook}; from support.cli import run_script; run_script(lambda: train_gpt2.main({flags!r}), 'train_gpt2.py')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=-1, stderr=-1)
+    wait_for(lambda: "hangs" in process.stdout.readline(), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert "Traceback" not in err
+    assert err == "train_gpt2.py: interrupted\n"
+    assert process.returncode == 130
+
+
 def test_a_hangup_that_is_ignored_stays_ignored(shards, tmp_path):
     flags = ["train_gpt2.py", *tiny_flags(shards, tmp_path / "log", **LONG | {"max_steps": 300})]
     process = start_script(flags, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does

@@ -21,7 +21,7 @@ import fineweb
 import hellaswag
 import train_gpt2
 from support import checkpoint
-from support.cli import UserError, exit_status
+from support.cli import UserError
 from support.log import read_log
 
 ROWS = [
@@ -149,14 +149,6 @@ def test_weights_of_transformers_run_no_code(tmp_path, marker, kind):
     result = run_forked(["train_gpt2", "--sample", "--init_from", folder, "--prompt", "!", "--max_length", 4], tmp_path)
     assert_one_line(result)
     assert (result.returncode == 0) == (kind == "code beside the weights")
-
-
-def test_a_line_about_a_file_commands_no_terminal(capsys):
-    def fail():
-        raise UserError("its name is \x1b[31m\x07red\r\nor not\u202e")
-
-    assert exit_status(fail, "x.py") == 1
-    assert capsys.readouterr().err == "x.py: its name is ?[31m?red or not?\n"
 
 
 # ---------------------------------------------------------------- damage of any kind
