@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -119,6 +120,14 @@ def test_on_a_cpu_auto_tries_one_sequence_and_is_logged(shards, tmp_path):
     assert [entry["size"] for entry in read_log(tmp_path / "auto" / "log.jsonl")["micro_batch"].values()] == [8]
     assert run_train(tiny_flags(shards, tmp_path / "eight", micro_batch=8)) == 0
     assert losses(tmp_path / "auto") == losses(tmp_path / "eight")
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 2**31])
+def test_on_a_cpu_a_line_says_how_long_a_step_will_take(tmp_path, capsys, batch_tokens):
+    model, config = GPT(TINY), TrainConfig(batch_tokens=batch_tokens, compile=False, micro_batch=4)
+    prepare_step(model, make_optimizer(model, config), config, 0, Log(tmp_path, CPU))
+    said = re.findall(r"warning: no GPU: on this CPU a step takes about ([\d,]+) minutes", capsys.readouterr().err)
+    assert len(said) == (batch_tokens > 64)
 
 
 def agree(rank: int, port: int) -> None:
