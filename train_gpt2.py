@@ -76,7 +76,7 @@ class TrainConfig(Config):
     """One training run; the defaults train GPT-2 124M for one epoch of 10B tokens."""
 
     demo: bool = option(False, "other defaults: a small GPT-2 on text that comes with Python")
-    init_from: str = option("scratch", "or gpt2[-medium, -large, -xl], DIR, FILE", fixed=True)
+    init_from: str = option("scratch", "scratch, gpt2[-medium, -large, -xl], DIR, FILE", fixed=True)
     data_dir: str = option("edu_fineweb10B", "folder of the shards")
     out_dir: str = option("log", "folder for log.jsonl, curves.png and the checkpoints")
     micro_batch: int | Literal["auto"] = option("auto", "sequences per pass; auto: what fits a GPU", min=1)
@@ -98,7 +98,7 @@ class TrainConfig(Config):
     grad_clip: float = option(1.0, "largest gradient norm; 0 = no limit", min=0, fixed=True)
     batch_tokens: int = option(2**19, "tokens per step, over all ranks", min=1, fixed=True)
     recompute: bool = option(False, "recompute blocks in the backward pass, for memory")
-    dropout: float = option(0.0, "of what embeddings and branches add, for small corpora", min=0, fixed=True)
+    dropout: float = option(0.0, "of embeddings and branches, for small corpora", min=0, below=1, fixed=True)
     batch_ramp_steps: int = option(0, "steps of a growing batch; 0 = none", min=0, fixed=True)
     batch_ramp_from: int = option(2**15, "tokens of its first step, and its unit", min=1, fixed=True)
     mask_unseen: bool = option(False, "mask tokens that occur nowhere in the shards", fixed=True)
@@ -110,14 +110,14 @@ class TrainConfig(Config):
     print_every: int = option(0, "steps between lines on the console; 0: by the run's length", min=0)
     save_every: int = option(250, "steps between checkpoints; two are kept; 0 = never", min=0)
     keep_every: int = option(0, "steps between those that are kept for good; 0 = none", min=0)
-    keep_best: bool = option(False, "keep the lowest validation loss's, too, as ckpt_best.pt")
+    keep_best: bool = option(False, "keep the best validation's, too, as ckpt_best.pt")
     track: Literal["", "wandb", "trackio"] = option("", "send the log there, too")
 
     def check(self):
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --max_lr {self.max_lr}")
         if self.max_steps and self.warmup_steps >= self.max_steps:
-            raise ValueError(f"--warmup_steps {self.warmup_steps} is not below --max_steps")
+            raise ValueError(f"--warmup_steps {self.warmup_steps} is not below --max_steps: give a smaller one")
         if self.batch_ramp_steps and self.batch_ramp_from > self.batch_tokens:
             raise ValueError(f"--batch_ramp_from {self.batch_ramp_from} is above --batch_tokens")
 
@@ -208,7 +208,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 on the CPU, its weights drawn from `seed` alone; with None, load_state_dict() fills them."""
+    """GPT-2 on the CPU, its weights drawn from `seed` alone; with None, they are left to be filled."""
 
     LOGIT_ROWS = 32_768  # at a time: 42,691 of 50,304 pass 2**31 elements, where kernels need 64-bit indices
     LOGIT_BYTES = 3 * 2**29  # in evaluation, which has float32 logits, and as many numbers again for their softmax
@@ -480,7 +480,7 @@ def train_step(model: nn.Module, optimizer: Optimizer, batches: list, step: int,
     If loss or norm is not finite, all ranks raise UserError before the update.
     """
     optimizer.zero_grad(set_to_none=True)
-    if config.dropout:  # whose masks are these numbers' alone, so that a resumed run has the same
+    if config.dropout:  # masks come from these and the micro-batches' sizes: a resumed run has the same
         torch.manual_seed(hash((config.seed, step, world.rank)))
     total = torch.zeros((), device=world.device)
     for i, (x, y, weight) in enumerate(batches):
@@ -665,7 +665,7 @@ def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: i
             size //= 2
         elif isinstance(error, MemoryError):
             fix = "take a smaller --micro_batch, --recompute, or a smaller model"
-            raise UserError(f"out of memory: sequences by {size} are too much for this GPU: {fix}")
+            raise UserError(f"out of memory: {size} sequences at a time do not fit this GPU: {fix}")
         elif step_model is plain:
             raise error
         else:  # each backend has errors of its own
@@ -726,7 +726,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
     data = Sequences(config.data_dir, "train", T, token_ids)
     val_data = Sequences(config.data_dir, "val", T, token_ids) if config.eval_every else None
     with closing(Log(config.out_dir, world)) as log:
-        log.begin(start, model, data, config, sample_config)
+        log.begin(start, model, optimizer, data, config, sample_config)
         examples = None
         if config.hellaswag_every:
             examples = hellaswag.load_or_warn(config.hellaswag_data, model.config, world)

@@ -108,20 +108,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({(hints or ['see --help'])[0]})", status=2)
 
 
-def whole_number(text: str) -> int:
+def integer(text: str) -> int:
     """A number that is written as 1000000 or 1e6."""
     if float(text) % 1:
         raise ValueError
     return int(float(text))
 
 
-def whole_or_auto(text: str) -> int | str:
-    return text if text == "auto" else whole_number(text)
+def integer_or_auto(text: str) -> int | str:
+    return text if text == "auto" else integer(text)
 
 
-def option(default, help: str, min=None, fixed: bool = False):
-    """A config field with its help and its least value; a `fixed` one can't change on resume."""
-    return field(default=default, metadata={"help": help, "min": min, "fixed": fixed})
+def option(default, help: str, min=None, fixed: bool = False, below=2**32):
+    """A config field with its help and its bounds; a `fixed` one can't change on resume."""
+    return field(default=default, metadata={"help": help, "min": min, "fixed": fixed, "below": below})
 
 
 class Config:
@@ -129,11 +129,11 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), f.metadata["min"]
+            value, least, below = getattr(self, f.name), f.metadata["min"], f.metadata["below"]
             if least is None or value == "auto":
                 continue
-            if not least <= value < 2**32:  # nan isn't, either
-                raise ValueError(f"--{f.name} {value} must be at least {least}, and below 2**32")
+            if not least <= value < below:  # nan isn't, either
+                raise ValueError(f"--{f.name} {value} must be at least {least}, and below {below}")
         self.check()
 
     def check(self):
@@ -152,9 +152,9 @@ def how_to_parse(name: str, kind) -> dict[str, Any]:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is int:
-        return {"type": whole_number, "metavar": "N"}
+        return {"type": integer, "metavar": "N"}
     if kind == int | Literal["auto"]:
-        return {"type": whole_or_auto, "metavar": "N"}
+        return {"type": integer_or_auto, "metavar": "N"}
     if get_args(kind):  # of a Literal
         return {"choices": get_args(kind)}
     if kind is float:

@@ -34,7 +34,8 @@ def read_gpt2(name_or_dir: str) -> tuple[dict[str, int], dict[str, Tensor], list
     on_hub = is_name and not os.path.exists(name_or_dir.split("/")[0])  # log/run is a folder where log is
     if not on_hub and not os.path.isfile(os.path.join(name_or_dir, "config.json")):
         what = f"no checkpoint in {name_or_dir}, nor what `transformers` saves (config.json, model.safetensors)"
-        raise UserError(f"{what}, and it is no gpt2 of the Hub: train first, or give --out_dir or --init_from")
+        fix = "train first, or give --out_dir, --init_from or, after the demo, --demo"
+        raise UserError(f"{what}, and it is no gpt2 of the Hub: {fix}")
     try:
         c = GPT2Config.from_pretrained(name_or_dir)
         if c.activation_function == "gelu_pytorch_tanh":  # the same by another name

@@ -68,7 +68,7 @@ class Log:
             numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
             self.tracker.log({f"{event}/{key}": value for key, value in numbers.items()}, step=step)
 
-    def begin(self, step: int, model, data, config, sample_config) -> None:
+    def begin(self, step: int, model, optimizer, data, config, sample_config) -> None:
         """Log settings, versions and facts; UserError if the run began with other shards."""
         was = self.last("start", "train_tokens", data.n_tokens) if step else data.n_tokens
         if was != data.n_tokens:
@@ -91,7 +91,8 @@ class Log:
         if config.track and world.is_main:
             self.begin_tracking(config.track, settings)
         dtype = str(world.dtype).removeprefix("torch.")
-        world.say(f"GPT-2 with {model.n_params:,} parameters on {world.size} x {device}, {dtype}")
+        what = f"GPT-2 with {model.n_params:,} parameters, {type(optimizer).__name__}"
+        world.say(f"{what}, on {world.size} x {device}, {dtype}")
         world.say(f"{data.n_tokens:,} tokens in {config.data_dir}; step {step} to {config.max_steps}")
         if config.mask_unseen:
             world.say(f"{len(model.token_ids):,} of {model.config.n_vocab:,} tokens occur; the others are masked")

@@ -108,9 +108,9 @@ def test_a_resumed_run_keeps_its_micro_batch(shards, tmp_path):
 
 
 def test_where_not_one_sequence_fits_the_line_says_what_to_do(tmp_path):
-    with pytest.raises(train_gpt2.UserError, match="sequences by 1 are too much for this GPU: .*--recompute"):
+    with pytest.raises(train_gpt2.UserError, match="1 sequences at a time do not fit this GPU: .*--recompute"):
         fitted(tmp_path / "auto", 0)
-    with pytest.raises(train_gpt2.UserError, match="sequences by 8 are too much for this GPU: .*--micro_batch"):
+    with pytest.raises(train_gpt2.UserError, match="8 sequences at a time do not fit this GPU: .*--micro_batch"):
         fitted(tmp_path / "eight", 4, micro_batch=8)
 
 

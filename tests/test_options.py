@@ -70,6 +70,12 @@ def test_dropout_scales_what_it_keeps_and_is_the_same_recomputed(shards, tmp_pat
     assert losses(tmp_path / "kept") == losses(tmp_path / "recomputed")
 
 
+@pytest.mark.parametrize("dropout", [1, 1.5, -0.1])
+def test_dropout_out_of_its_bounds_is_refused(shards, tmp_path, capsys, dropout):
+    assert run_train(tiny_flags(shards, tmp_path / "log", dropout=dropout)) == 2
+    assert f"--dropout {float(dropout)} must be at least 0, and below 1" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- float16
 
 
@@ -167,7 +173,7 @@ def test_print_every_thins_the_console_and_the_log_has_every_step(tmp_path, caps
     log, model = Log(tmp_path, CPU), GPT(TINY)
     data = types.SimpleNamespace(n_tokens=5, paths=[tmp_path / "tiny_train_1.npy"])
     config = TrainConfig(max_steps=max_steps, warmup_steps=1, **flags)
-    log.begin(0, model, data, config, config)
+    log.begin(0, model, make_optimizer(model, config), data, config, config)
     for step in range(1, max_steps + 1):
         log.train(step, 3.0, 1.0, 1e-3, 128, 1.0, 10)
     lines = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
