@@ -36,8 +36,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 from support import readers
-from support.cli import Parser, UserError, one_line, run_script
+from support.cli import Parser, UserError, integer, one_line, run_script
 from support.files import DAMAGE, prefetch, whole_file, whole_folder
 from support.readers import ask_hub, read_configs
 from support.tokens import END_OF_TEXT, RANKS_SHA256, cut, encode_document, find_shards, open_shard, tokenizer
@@ -556,9 +557,9 @@ def write_demo(out_dir: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = Parser("fineweb.py", __doc__)
-    add = partial(parser.add_argument, metavar="X")
+    add = parser.add_argument
     switch = partial(parser.add_argument, action="store_true")
-    add("--out_dir", help="folder of the shards (default: edu_fineweb10B, demo_data; of others NAME_shards)")
+    add("--out_dir", type=os.path.expanduser, help="folder of the shards (default: edu_fineweb10B, or NAME_shards)")
     add("--dataset", default=FINEWEB_EDU, help="name on the Hub, a folder or a file (default: %(default)s)")
     add("--subset", help="folder or configuration of the dataset (default: FineWeb's sample/10BT, else all)")
     add("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
@@ -566,8 +567,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--val_split", help="validate on files with this word (default: validation, valid, val or dev; else a shard)")
     add("--text_column", default="text", help="field of a row that holds the text (default: %(default)s)")
     add("--errors", default="strict", choices=["strict", "replace"], help="for what is not UTF-8: stop, or U+FFFD")
-    add("--shard_tokens", type=int, default=10**8, help="tokens in a shard (default: 100 million)")
-    add("--max_tokens", type=int, help="stop after so many, files for validation aside (default: take all)")
+    add("--shard_tokens", type=integer, default=10**8, help="tokens in a shard (default: 100 million)")
+    add("--max_tokens", type=integer, help="stop after so many, files for validation aside (default: take all)")
     add("--workers", type=int, default=cores, help="threads that tokenize (default: %(default)s)")
     switch("--keep_downloads", help="keep the downloads, in the Hub's own cache")
     switch("--demo", help="write the demo corpus, which needs no network")

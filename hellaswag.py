@@ -2,7 +2,6 @@
 
     python hellaswag.py                            # OpenAI's GPT-2 124M
     python hellaswag.py --model log                # the newest checkpoint
-    torchrun --nproc_per_node=8 hellaswag.py       # the same, on eight GPUs
 
 An ending's score is the sum of the log-probabilities of its tokens after the
 context. `acc` counts the examples whose right ending has the highest score,
@@ -13,7 +12,9 @@ context. `acc` counts the examples whose right ending has the highest score,
 
 import json
 import math
+import os
 import re
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 from support.cli import Parser, UserError, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
 from support.readers import ask_hub, read_rows
@@ -164,7 +166,6 @@ class HellaSwag:
         pad = partial(pad_sequence, batch_first=True)
         order = sorted(range(len(packed)), key=lambda i: len(packed[i].tokens))
         while order:
-            # From the longest on: as many as fit beside it.
             longest = len(packed[order[-1]].tokens)
             n = max(1, BATCH_TOKENS[device] // longest)
             chosen, order = order[-n:], order[:-n]
@@ -263,20 +264,16 @@ def main(argv: list[str] | None = None) -> None:
     from train_gpt2 import load_model
 
     parser = Parser("hellaswag.py", __doc__)
-    add = partial(parser.add_argument, metavar="X")
-    add("--model", default="gpt2", help="gpt2[-medium, -large, -xl], a folder saved by transformers, a checkpoint, or "
-        "the folder of a run (default: gpt2)")  # fmt: skip
-    add("--data", default="", help="a local .parquet or .jsonl file (default: the validation split from the Hub)")
+    add = parser.add_argument
+    home = os.path.expanduser
+    add("--model", default="gpt2", type=home, help="gpt2[-medium, -large, -xl], DIR or FILE (default: gpt2)")
+    add("--data", default="", type=home, help="a .parquet or .jsonl file (default: the validation split from the Hub)")
     add("--style", default="completion", choices=list(FIELDS), help="completion or harness (default: completion)")
     add("--limit", type=int, help="take only the first so many rows")
     add("--per_example", type=Path, help="file for one JSON object a line: scores and predictions of an example")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="(default: bfloat16 on CUDA)",
-    )
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    add("--dtype", default="auto", choices=dtypes, help="(default: bfloat16 on CUDA)")
     args = parser.parse_args(argv)
     each = args.per_example
     if each and (not each.parent.is_dir() or (each.exists() and not each.is_file())):

@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 import fineweb
 import hellaswag
 from support import checkpoint, cpu, huggingface
@@ -191,7 +192,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    dropout = 0.0  # what train() sets
+    dropout = 0.0  # what prepare_step() sets
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -212,7 +213,8 @@ class GPT(nn.Module):
 
     LOGIT_ROWS = 32_768  # at a time: 42,691 of 50,304 pass 2**31 elements, where kernels need 64-bit indices
     LOGIT_BYTES = 3 * 2**29  # in evaluation, which has float32 logits, and as many numbers again for their softmax
-    recompute, dropout = False, 0.0  # what train() sets
+    recompute = False  # this and dropout are what prepare_step() sets
+    dropout = 0.0
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         super().__init__()
@@ -419,7 +421,7 @@ def step_batches(step: int, data: Sequences, config: TrainConfig, rank: int, siz
     mine = range(first + rank * count // size, first + (rank + 1) * count // size)
     x, y = data.read(sequences_at(mine, len(data), config.seed))
     micro_batch = config.micro_batch
-    if step <= config.batch_ramp_steps:  # a divisor of every batch, so that torch.compile sees few shapes
+    if step <= config.batch_ramp_steps:  # whose batches are multiples: so torch.compile sees few shapes
         micro_batch = math.gcd(micro_batch, config.batch_ramp_from // T // size)
     n = math.ceil(math.ceil(count / size) / micro_batch)
     batches = []
@@ -435,8 +437,8 @@ def check_batch(config: TrainConfig, block_size: int, ranks: int) -> None:
     for name in ("batch_tokens", "batch_ramp_from") if config.batch_ramp_steps else ("batch_tokens",):
         tokens = getattr(config, name)
         if tokens % block_size or tokens < block_size * ranks:
-            fix = f"take a multiple of --block_size {block_size}, one or more for each of {ranks} ranks"
-            raise UserError(f"--{name} {tokens}: {fix}", 2)
+            what = f"--{name} {tokens}: take a multiple of --block_size {block_size}"
+            raise UserError(f"{what}, one or more for each of {ranks} ranks", 2)
 
 
 # ---------------------------------------------------------------- optimisation
@@ -589,10 +591,7 @@ def sample_texts(model: GPT, config: SampleConfig, seed: int, world: World) -> l
 
 
 def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: World) -> tuple[GPT, Optimizer, int]:
-    """Model, optimiser and step: of the newest checkpoint in --out_dir, or of a new run.
-
-    Without a gpt_config, the shape is that of --init_from. UserError if the flags don't fit.
-    """
+    """Model, optimiser and step, of the newest checkpoint or of a new run; UserError if the flags don't fit."""
     state = checkpoint.newest(config.out_dir)
     if state and not config.resume:
         raise UserError(f"--no-resume, and {config.out_dir} has a run: give another --out_dir", 2)
@@ -788,7 +787,7 @@ def main(argv: list[str] | None = None) -> None:
             found = checkpoint.find(source)[-1:] or [source]
             print(f"weights of {found[0]}", file=sys.stderr)  # stdout is for the samples
             if flags["export"]:
-                with whole_folder(flags["export"]) as folder:
+                with whole_folder(Path(flags["export"])) as folder:
                     model.save_pretrained(folder)
             else:
                 for text in sample_texts(model.to(world.device), sample_config, config.seed, world):

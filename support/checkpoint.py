@@ -75,7 +75,7 @@ def read(path: Path) -> dict[str, Any]:
         if isinstance(error, UnpicklingError | zipfile.BadZipFile):  # torch's words advise to run the file's code
             why = "no checkpoint, or one that holds code; weights of `transformers` are named by their folder"
         raise DamagedError(f"cannot read checkpoint {path} ({why}): restore it or move it away") from None
-    if isinstance(state, dict) and {"model_args", "config"} & state.keys():
+    if isinstance(state, dict) and ("model_args" in state or isinstance(state.get("config"), SimpleNamespace)):
         state = from_nanogpt(path, state)
     if not isinstance(state, dict) or "GPTConfig" not in state:
         raise UserError(f"cannot read checkpoint {path}: train_gpt2.py didn't write it, as it has no GPTConfig")
@@ -85,7 +85,7 @@ def read(path: Path) -> dict[str, Any]:
 def from_nanogpt(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of nanoGPT or build-nanogpt as one of ours, its optimiser aside; UserError if it is no GPT-2."""
     shape = state["model_args"] if "model_args" in state else vars(state["config"])
-    vocab_size, bias = shape.get("vocab_size", 0), shape.get("bias", True)
+    vocab_size, bias = shape.get("vocab_size") or 0, shape.get("bias", True)
     if vocab_size < N_VOCAB or not bias:
         what = f"GPT-2 has {N_VOCAB} tokens and biases, this has vocab_size {vocab_size} and bias={bias}"
         raise UserError(f"cannot take weights from {path}: {what}")

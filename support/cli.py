@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import field
-from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 
@@ -86,9 +85,9 @@ def run_script(main: Callable[[], None], program: str) -> NoReturn:
 
 # What people write who come from other scripts, as in the parser's message, and what it is here.
 HINTS = {
-    "--(lr|learning_rate)": "it is --max_lr",
-    "--(batch_size|grad_accum)": "give --batch_tokens for a step, --micro_batch for a pass; accumulation follows",
-    "--(epochs|max_iters|num_steps)": "give --max_steps",
+    "--(lr|learning.rate)": "it is --max_lr",
+    r"--(batch.size|grad\w*.accum\w*)": "give --batch_tokens for a step, --micro_batch for a pass",
+    "--(epochs|max_iters|(num_)?steps)": "give --max_steps",
     "--model": "give --init_from, or the shape by --n_layer, --n_head and --n_embd",
     r"arguments: \S+\.pt": "a run resumes by itself; other weights are taken by --init_from FILE",
     "(?i)arguments: (true|false|yes|no|0|1)": "a switch has no value: --compile, or --no-compile",
@@ -104,7 +103,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, f"{prog} [flags]", doc, epilog, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        hints = [hint for words, hint in HINTS.items() if re.search(rf"{words}\b", message)]
+        table = HINTS if self.prog == "train_gpt2.py" else {}
+        hints = [hint for words, hint in table.items() if re.search(rf"{words}\b", message)]
         raise UserError(f"{message} ({(hints or ['see --help'])[0]})", status=2)
 
 
@@ -160,6 +160,8 @@ def how_to_parse(name: str, kind) -> dict[str, Any]:
     if kind is float:
         return {"type": float, "metavar": "FLOAT"}
     metavar = "DIR" if name.endswith("_dir") else "TEXT"
+    if name == "prompt":
+        return {"metavar": metavar}
     return {"type": os.path.expanduser, "metavar": metavar}  # as a shell leaves ~ alone in --out_dir=~/x
 
 
@@ -175,7 +177,9 @@ change, unless other flags say otherwise, is in the script, in DEMO and MUON."""
     parser = Parser("train_gpt2.py", doc, epilog)
     modes = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     modes.add_argument("--sample", action="store_true", help="print samples of the newest checkpoint, or --init_from")
-    modes.add_argument("--export", type=Path, metavar="DIR", help="write that model as a folder for transformers")
+    modes.add_argument(
+        "--export", type=os.path.expanduser, metavar="DIR", help="write that model as a folder for transformers"
+    )
     for title, kind in kinds.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(kind):

@@ -55,7 +55,8 @@ def read_gpt2(name_or_dir: str) -> tuple[dict[str, int], dict[str, Tensor], list
         if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
             raise ValueError("its lm_head.weight is not its wte.weight, GPT-2 has one for both")
     except Exception as error:  # network, files and formats each have their own
-        raise UserError(f"cannot take weights from {name_or_dir}: {one_line(error)}") from None
+        fix = "what is to be taken is as save_pretrained() writes it, model.safetensors and config.json"
+        raise UserError(f"cannot take weights from {name_or_dir}: {one_line(error)}: {fix}") from None
     shape = {"block_size": c.n_positions, "vocab_size": c.vocab_size, "n_layer": c.n_layer,
              "n_head": c.n_head, "n_embd": c.n_embd}  # fmt: skip
     masked = set(model.generation_config.suppress_tokens or ())

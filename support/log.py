@@ -39,6 +39,8 @@ class Log:
         except Timeout:
             fix = "wait for its end, or give another --out_dir"
             raise UserError(f"another run is at work in {out_dir}: {fix}") from None
+        except OSError as error:  # not every file system has locks
+            warn(f"no lock keeps other runs out of {out_dir}: {one_line(error)}")
         # What a run that was killed may have left: half a line, half a file.
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with open(self.path, "a") as file:
@@ -104,7 +106,7 @@ class Log:
         except ImportError:
             raise UserError(f"--track {package}: run `pip install {package}` first") from None
         first = next(iter(read_log(self.path)["start"].values()))
-        name = re.sub(r"\W+", "-", f"{self.path.resolve().parent.name}-{first['time']}")
+        name = re.sub(r"\W+", "-", f"{self.path.resolve().parent.name}-{first.get('time', '')}")
         os.environ["WANDB_RUN_ID"] = name  # to trackio the name is enough
         self.tracker.init(project="train_gpt2", name=name, resume="allow", config=settings)
 

@@ -169,11 +169,21 @@ def test_a_bad_flag_is_one_line_and_status_2(shards, tmp_path, capsys, argv, nam
         ("--resume log/ckpt_000100.pt", "--init_from FILE"),
         ("--sample The sea", "--prompt"),
         ("--mask_unsen", "see --help"),
+        ("--learning-rate 1", "it is --max_lr"),
+        ("--batch-size 8", "--micro_batch for a pass"),
+        ("--gradient_accumulation_steps 8", "--batch_tokens for a step"),
     ],
 )
 def test_the_names_of_other_scripts_get_a_hint(capsys, argv, hint):
     assert run_train(argv.split()) == 2
     assert hint in the_line(capsys)
+
+
+@pytest.mark.parametrize("script", ["fineweb", "hellaswag"])
+def test_hints_are_the_training_scripts_alone(script):
+    result = run_script([f"{script}.py", "my_texts"])
+    assert result.returncode == 2
+    assert result.stderr == f"{script}.py: unrecognized arguments: my_texts (see --help)\n"
 
 
 def test_whole_numbers_may_be_written_with_an_exponent(capsys):

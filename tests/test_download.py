@@ -277,7 +277,7 @@ BOUNDS = "--shard_tokens, --workers and --max_tokens must be above 0"
         (["--workers", "0"], 2, BOUNDS),
         (["--max_tokens", "0"], 2, BOUNDS),
         (["--max_tokens", "-1"], 2, BOUNDS),
-        (["--max_tokens", "1e9"], 2, "argument --max_tokens: invalid int value: '1e9'"),
+        (["--max_tokens", "1.5"], 2, "argument --max_tokens: invalid integer value: '1.5'"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(tmp_path, monkeypatch, capsys, argv, status, message):

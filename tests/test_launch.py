@@ -1,5 +1,6 @@
 """However it is launched, wherever its output goes, whoever asks it to stop."""
 
+import errno
 import io
 import os
 import pty
@@ -195,6 +196,22 @@ def test_an_empty_rank_is_no_rank_and_a_tilde_is_the_home_folder(shards, tmp_pat
     assert result.returncode == 0, result.stderr
     assert [path.name for path in checkpoint.find(tmp_path / "x")] == ["ckpt_000001.pt"]
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py"])
+def test_a_safe_path_is_no_obstacle(tmp_path, script):
+    result = run_script([script, "--help"], env={"PYTHONSAFEPATH": "1", "PYTHONPATH": ""}, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(shards, tmp_path, monkeypatch, capsys, number):
+    def flock(file, how):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run_train(tiny_flags(shards, tmp_path / "log", max_steps=1, warmup_steps=0)) == 0
+    assert f"warning: no lock keeps other runs out of {tmp_path / 'log'}: " in capsys.readouterr().err
 
 
 def test_an_older_python_is_told_so_in_one_line():

@@ -277,6 +277,15 @@ def test_checkpoints_of_nanogpt_and_build_nanogpt_are_taken(tmp_path, capsys, ki
     assert ("computes GELU by erf" in capsys.readouterr().err) == (kind == "nanoGPT")
 
 
+@pytest.mark.parametrize(
+    "state", [{"model": {}, "config": {"a": 1}}, {"model": {}, "model_args": {"vocab_size": None}}]
+)
+def test_a_checkpoint_of_another_fork_is_refused_in_a_line(tmp_path, state):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="didn't write it|this has vocab_size 0"):
+        load_model(str(tmp_path / "x.pt"))
+
+
 @pytest.mark.parametrize("changes", [{"bias": False}, {"vocab_size": 65}])
 def test_a_checkpoint_of_nanogpt_that_is_no_gpt2_is_refused_by_name(tmp_path, changes):
     path = nanogpts(GPT(dataclasses.replace(TINY, n_layer=1)), "nanoGPT", tmp_path, **{"vocab_size": 50304} | changes)
