@@ -179,7 +179,7 @@ def test_the_names_of_other_scripts_get_a_hint(capsys, argv, hint):
     assert hint in the_line(capsys)
 
 
-@pytest.mark.parametrize("script", ["fineweb", "hellaswag"])
+@pytest.mark.parametrize("script", ["fineweb", pytest.param("hellaswag", marks=pytest.mark.slow)])
 def test_hints_are_the_training_scripts_alone(script):
     result = run_script([f"{script}.py", "my_texts"])
     assert result.returncode == 2

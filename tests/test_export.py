@@ -150,6 +150,7 @@ def test_the_tokenizer_gives_our_ids_on_strings_of_every_plane(exported):
     assert len(json.loads((exported / "out" / "tokenizer.json").read_text())["model"]["merges"]) == 50_000
 
 
+@pytest.mark.slow
 def test_the_tokenizer_knows_every_code_point_as_ours_does():
     theirs = huggingface.fast_tokenizer().backend_tokenizer
     texts = [f"a{c} {c}1" for c in map(chr, range(0, 0x110000, 41)) if not "\ud800" <= c <= "\udfff"]
@@ -209,6 +210,7 @@ def test_a_killed_export_leaves_no_half_folder_and_the_next_one_is_whole(exporte
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(exported / "out"))
 
 
+@pytest.mark.slow
 def test_of_two_that_make_the_same_folder_one_wins(tmp_path):
     def make(name: str) -> None:
         with whole_folder(tmp_path / "out") as folder:

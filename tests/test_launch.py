@@ -52,7 +52,9 @@ def test_a_pipe_whose_reader_dies_ends_no_run_and_costs_no_checkpoint(shards, tm
     assert (status == 0) == (ranks == 1)  # torchrun has a status of its own for signals
 
 
-@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "| head -n 1", ">/dev/full"])
+@pytest.mark.parametrize(
+    "closed", ["| head -n 1", *(pytest.param(how, marks=pytest.mark.slow) for how in (">&-", ">&- 2>&-", ">/dev/full"))]
+)
 def test_a_closed_or_full_output_ends_no_run(shards, tmp_path, closed):
     command = " ".join([sys.executable, str(ROOT / "train_gpt2.py"), *tiny_flags(shards, tmp_path / "log")])
     result = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=120)
@@ -79,7 +81,7 @@ def test_a_closed_terminal_ends_a_run_with_a_checkpoint(shards, tmp_path):
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGHUP", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_hangup_and_slurms_signal_save_like_sigterm(shards, tmp_path, name):
     process = start_script(["train_gpt2.py", *tiny_flags(shards, tmp_path / "log", **LONG)])
     wait_for(lambda: training(tmp_path / "log"), process)
@@ -103,7 +105,7 @@ def test_torchrun_hands_on_a_hangup_and_slurms_signal(shards, tmp_path, name):
     assert f"stopped after step {step}, as asked" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_in_the_first_evaluation_ends_the_run_at_once(shards, tmp_path, number):
     hook = (
         "import sys, time, train_gpt2; train_gpt2.evaluate = lambda *args: print('hangs', flush=True) or time.sleep(60)"
@@ -121,6 +123,7 @@ def test_a_signal_in_the_first_evaluation_ends_the_run_at_once(shards, tmp_path,
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_ignored(shards, tmp_path):
     flags = ["train_gpt2.py", *tiny_flags(shards, tmp_path / "log", **LONG | {"max_steps": 300})]
     process = start_script(flags, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does
@@ -158,6 +161,7 @@ def test_main_runs_in_a_thread_where_no_signal_is_heard(shards, tmp_path):
     assert found == [0]
 
 
+@pytest.mark.slow
 def test_ipythons_run_command_goes_on_after_the_script(shards, tmp_path):
     program = (
         "import runpy, sys\n"
@@ -189,6 +193,7 @@ def test_what_no_launcher_of_ours_sets_ends_in_one_line(shards, tmp_path, variab
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.slow
 def test_an_empty_rank_is_no_rank_and_a_tilde_is_the_home_folder(shards, tmp_path):
     env = {"LOCAL_RANK": "", "RANK": "", "HOME": str(tmp_path)}
     flags = tiny_flags(shards, tmp_path / "log", max_steps=1, warmup_steps=0)
@@ -198,6 +203,7 @@ def test_an_empty_rank_is_no_rank_and_a_tilde_is_the_home_folder(shards, tmp_pat
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py"])
 def test_a_safe_path_is_no_obstacle(tmp_path, script):
     result = run_script([script, "--help"], env={"PYTHONSAFEPATH": "1", "PYTHONPATH": ""}, cwd=tmp_path)

@@ -36,7 +36,7 @@ FLOAT16 = World(0, 1, torch.device("cpu"), torch.float16)
 # ---------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_with_dropout_a_resumed_run_is_bitwise_the_unbroken_one(shards, tmp_path, optimizer):
     def flags(shards, out, **changes):
         torch.rand(1)  # what others draw makes no difference
@@ -79,7 +79,7 @@ def test_dropout_out_of_its_bounds_is_refused(shards, tmp_path, capsys, dropout)
 # ---------------------------------------------------------------- float16
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_run_in_float16_learns_resumes_bitwise_and_keeps_its_scale(shards, tmp_path, optimizer):
     def flags(shards, out, **changes):
         return tiny_flags(shards, out, dtype="float16", optimizer=optimizer, **changes)
@@ -197,7 +197,7 @@ def test_lines_of_the_log_have_the_time_of_day_and_samples_are_events(shards, tm
 # ---------------------------------------------------------------- tracking
 
 
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
+@pytest.mark.parametrize("package", ["wandb", pytest.param("trackio", marks=pytest.mark.slow)])
 def test_what_the_log_gets_is_tracked_and_a_resumed_run_goes_on_in_the_same(shards, tmp_path, monkeypatch, package):
     begun, sent = [], {}
     module = types.ModuleType(package)
