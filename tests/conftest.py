@@ -37,7 +37,8 @@ from support.world import World
 from train_gpt2 import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in what they run in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in what they run in the background,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 torch.set_num_threads(1)  # as in the processes below, so that sums add up in the same order
 TINY = GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=16)
 CPU = World(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
