@@ -71,8 +71,9 @@ def write_gpt2(folder: Path, shape: dict[str, int], weights: dict[str, Tensor], 
     The arguments are what read_gpt2() gives, the vocabulary padded or not. Tokens that are not in token_ids become
     `suppress_tokens`, which holds for generate() only. Raises UserError for a model that is no GPT-2.
     """
-    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, logging
 
+    logging.disable_progress_bar()
     ends = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
     config = GPT2Config(
         vocab_size=N_VOCAB, n_positions=shape["block_size"], n_embd=shape["n_embd"],
@@ -94,10 +95,13 @@ def write_gpt2(folder: Path, shape: dict[str, int], weights: dict[str, Tensor], 
     model.generation_config = GenerationConfig(
         pad_token_id=END_OF_TEXT, max_length=longest, suppress_tokens=masked or None, **ends
     )
-    model.save_pretrained(folder)
     encoding = fast_tokenizer(model_max_length=shape["block_size"], pad_token="<|endoftext|>", padding_side="left")
-    encoding.save_pretrained(folder)
-    encoding.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for transformers 4
+    try:
+        model.save_pretrained(folder)
+        encoding.save_pretrained(folder)
+        encoding.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for transformers 4
+    except Exception as error:  # for a full disk safetensors and tokenizers have their own
+        raise UserError(f"cannot write the export: {one_line(error)}") from None
     if masked:
         warn(f"{len(masked):,} tokens are masked in generate() of `transformers` only: elsewhere this is a bad model")
 
