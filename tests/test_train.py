@@ -447,7 +447,7 @@ def test_a_file_that_cannot_be_written_in_full_leaves_the_old_checkpoint_and_one
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "ckpt_000002.pt" in result.stderr
-    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == [".lock", "log.jsonl"]
 
 
 def test_training_goes_on_from_weights_of_transformers_and_resumes(shards, tmp_path, capsys):
