@@ -607,7 +607,8 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
     optimizer = make_optimizer(model, config)
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        world.scaler.load_state_dict(state.get("scaler") or world.scaler.state_dict())
+    if state and "scaler" in state:
+        world.scaler.load_state_dict(state["scaler"])
     if world.sum(step)[0] != step * world.size:
         raise UserError(f"the ranks see different checkpoints: they don't share {config.out_dir}")
     # A new run sets its own mask; with --max_steps 0 the weights keep theirs.

@@ -16,7 +16,7 @@
 #     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 #     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_id=1 --rdzv_endpoint=FIRST_HOST:29500 train_gpt2.py
 #
-# The variable is needed for --max-restarts : without it, ranks that are started again
+# The variable is needed for --max-restarts: without it, ranks that are started again
 # look for each other where those before them were (github.com/pytorch/pytorch/issues/135712), so train_gpt2.py ends
 # such a job at its start, with a line that says so.
 

@@ -45,7 +45,7 @@ def save(model: torch.nn.Module, optimizer, step: int, config, scaler=None, name
         state["scaler"] = scaler.state_dict()
     # On the CPU, so that any machine loads them; tied ones stay tied.
     copies: dict[tuple, torch.Tensor] = {}
-    state = tree_map_only(torch.Tensor, lambda t: copies.setdefault((t.data_ptr(), t.shape), t.cpu()), state)
+    state = tree_map_only(torch.Tensor, lambda t: copies.setdefault((t.data_ptr(), t.shape, t.dtype), t.cpu()), state)
     with whole_file(path) as file:
         try:
             torch.save(state, file)
