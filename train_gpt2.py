@@ -29,25 +29,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint as recomputed
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 import fineweb
-import hellaswag
-from support import checkpoint, cpu, huggingface
 from support.cli import Config, UserError, one_line, option, parse_configs, run_script, warn
 from support.files import prefetch, whole_folder
-from support.log import Log
-from support.loss import CrossEntropySum
-from support.muon import Muon
 from support.order import sequences_at, tokens_before, tokens_of
 from support.tokens import END_OF_TEXT, N_VOCAB, Shard, find_shards, tokenizer
-from support.world import World, attention_of_any_length, join_world, listen_for_stop
 
 # ---------------------------------------------------------------- configuration
 
@@ -135,10 +123,7 @@ class SampleConfig(Config):
 
 
 # What --optimizer muon changes: from published records of models of this size, see the README.
-MUON = {
-    "max_steps": 7000, "warmup_steps": 250, "max_lr": 1.8e-3, "min_lr": 0.0, "embedding_lr": 2.0,
-    "decay": "linear",
-}  # fmt: skip
+MUON = {"max_steps": 7000, "warmup_steps": 250, "max_lr": 1.8e-3, "min_lr": 0.0, "embedding_lr": 2.0, "decay": "linear"}
 
 # What --demo changes. Measured for 64 channels, not 768: a higher rate, and initial weights wider by
 # sqrt(768 / 64) (benchmarks/README.md). The text is seen three times, hence more weight decay.
@@ -152,6 +137,24 @@ DEMO = {
     "save_every": 255, "prompt": "This function returns",
 }  # fmt: skip
 
+KINDS = {"training": TrainConfig, "model": GPTConfig, "sampling": SampleConfig}
+PRESETS = {("optimizer", "muon"): MUON, ("demo", True): DEMO}
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse_configs(None, __doc__, PRESETS, KINDS)  # prints the help, and ends: to import torch takes seconds
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint as recomputed
+
+import hellaswag
+from support import checkpoint, cpu, huggingface
+from support.log import Log
+from support.loss import CrossEntropySum
+from support.muon import Muon
+from support.world import World, attention_of_any_length, join_world, listen_for_stop
 
 # ---------------------------------------------------------------- model
 
@@ -730,7 +733,6 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
         examples = None
         if config.hellaswag_every:
             examples = hellaswag.load_or_warn(config.hellaswag_data, model.config, world)
-
         step_model, config = prepare_step(model, optimizer, config, start, log)
 
         # Measure the untrained model, or, again, what a run that was stopped may have left out.
@@ -770,9 +772,7 @@ def train(gpt_config: GPTConfig | None, config: TrainConfig, sample_config, worl
 
 
 def main(argv: list[str] | None = None) -> None:
-    kinds = {"training": TrainConfig, "model": GPTConfig, "sampling": SampleConfig}
-    presets = {("optimizer", "muon"): MUON, ("demo", True): DEMO}
-    flags, (config, gpt_config, sample_config) = parse_configs(argv, __doc__, presets, kinds)
+    flags, (config, gpt_config, sample_config) = parse_configs(argv, __doc__, PRESETS, KINDS)
     source = config.out_dir if config.init_from == "scratch" else config.init_from
     if config.init_from != "scratch":
         for name in (vars(gpt_config).keys() | {"init_std"}) & flags.keys() - {"block_size"}:
