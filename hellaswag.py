@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
-from support.cli import Parser, UserError, one_line, run_script, warn
+from support.cli import Parser, UserError, integer, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
 from support.readers import ask_hub, read_rows
 from support.tokens import END_OF_TEXT, encode_document
@@ -265,17 +265,17 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = Parser("hellaswag.py", __doc__)
     add = parser.add_argument
-    home = os.path.expanduser
+    home = os.path.expanduser  # which a shell leaves alone in --data=~/x
     add("--model", default="gpt2", type=home, help="gpt2[-medium, -large, -xl], DIR or FILE (default: gpt2)")
     add("--data", default="", type=home, help="a .parquet or .jsonl file (default: the validation split from the Hub)")
     add("--style", default="completion", choices=list(FIELDS), help="completion or harness (default: completion)")
-    add("--limit", type=int, help="take only the first so many rows")
-    add("--per_example", type=Path, help="file for one JSON object a line: scores and predictions of an example")
+    add("--limit", type=integer, help="take only the first so many rows")
+    add("--per_example", type=home, help="file for one JSON object a line: scores and predictions of an example")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     add("--dtype", default="auto", choices=dtypes, help="(default: bfloat16 on CUDA)")
     args = parser.parse_args(argv)
-    each = args.per_example
+    each = args.per_example and Path(args.per_example)
     if each and (not each.parent.is_dir() or (each.exists() and not each.is_file())):
         parser.error(f"--per_example {each}: name a plain file in a folder that is there")
     with join_world(args.device, args.dtype) as world:
