@@ -143,7 +143,6 @@ class Log:
         try:
             if self.world.is_main:
                 draw_curves(self.path, self.picture)
-                gc.collect()  # a figure is made of reference cycles, megabytes that would pile up
         except Exception as error:
             warn(f"cannot draw {self.picture}: {one_line(error)}")
 
@@ -167,6 +166,7 @@ def draw_curves(log_path: Path, picture: Path) -> None:
     """Draw the losses against tokens, and HellaSwag below them, as a PNG, with the figures of OpenAI's GPT-2 124M."""
     from matplotlib.figure import Figure
 
+    gc.collect()  # the last figure is made of reference cycles, megabytes that would pile up
     events = read_log(log_path)
     start, trained = list(events["start"].values())[-1], events.get("train", {})
     # Of which event what is drawn; a loss can be compared on the same corpus, in the same context only.

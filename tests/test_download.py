@@ -479,6 +479,7 @@ def test_what_the_hub_refuses_is_not_asked_again(hub, tmp_path, dataset, status)
     assert re.match(f"fineweb.py: {wanted}", line)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_a_run_with_splits_and_compressed_files_goes_on_to_the_same_bytes(hub, tmp_path):
     rows = [[json.dumps({"text": f"{name} {i} " * 20}) + "\n" for i in range(40)] for name in "abcd"]
     packed = [gzip.compress("".join(lines).encode()) for lines in rows]

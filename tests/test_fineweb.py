@@ -448,6 +448,7 @@ def test_an_interrupt_while_the_first_shard_is_entered_leaves_what_goes_on(tmp_p
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_sigterm_is_one_line_too(tmp_path):
     run = at_work(tmp_path)
     run.terminate()

@@ -148,6 +148,7 @@ def test_samples_come_from_weights_of_transformers_too(tmp_path, capsys):
     assert capsys.readouterr().out == tokenizer().decode(expected[0].tolist()).split("<|endoftext|>")[0] + "\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only_is_no_reason_to_stop(trained):
     argv = [
         "train_gpt2.py",
