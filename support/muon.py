@@ -78,6 +78,6 @@ class Muon(torch.optim.Optimizer):
         mine = orthogonalize(mine)
         if size == 1:
             return mine
-        stack = mine.new_empty(n * size, rows, columns)
-        dist.all_gather_into_tensor(stack, mine)
-        return stack[: len(updates)]
+        parts = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts)[: len(updates)]
