@@ -129,12 +129,11 @@ MUON = {"max_steps": 7000, "warmup_steps": 250, "max_lr": 1.8e-3, "min_lr": 0.0,
 # sqrt(768 / 64) (benchmarks/README.md). The text is seen three times, hence more weight decay.
 DEMO = {
     "data_dir": fineweb.DEMO_DIR, "out_dir": "demo_log", "compile": False, "dtype": "float32",
-    "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64,
-    "optimizer": "muon", "max_steps": 510, "warmup_steps": 40, "max_lr": 16e-3, "min_lr": 0.0,
-    "embedding_lr": 2.0, "decay": "linear", "weight_decay": 0.3, "init_std": 0.07,
-    "batch_tokens": 2048, "micro_batch": 8, "batch_ramp_from": 256, "mask_unseen": True,
-    "val_tokens": 40_000, "eval_every": 51, "hellaswag_every": 0, "sample_every": 255,
-    "save_every": 255, "prompt": "This function returns",
+    "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 64, "optimizer": "muon", "max_steps": 510,
+    "warmup_steps": 40, "max_lr": 16e-3, "min_lr": 0.0, "embedding_lr": 2.0, "decay": "linear",
+    "weight_decay": 0.3, "init_std": 0.07, "batch_tokens": 2048, "micro_batch": 8, "batch_ramp_from": 256,
+    "mask_unseen": True, "val_tokens": 40_000, "eval_every": 51, "hellaswag_every": 0,
+    "sample_every": 255, "save_every": 255, "prompt": "This function returns",
 }  # fmt: skip
 
 KINDS = {"training": TrainConfig, "model": GPTConfig, "sampling": SampleConfig}
@@ -216,8 +215,7 @@ class GPT(nn.Module):
 
     LOGIT_ROWS = 32_768  # at a time: 42,691 of 50,304 pass 2**31 elements, where kernels need 64-bit indices
     LOGIT_BYTES = 3 * 2**29  # in evaluation, which has float32 logits, and as many numbers again for their softmax
-    recompute = False  # this and dropout are what prepare_step() sets
-    dropout = 0.0
+    recompute, dropout = False, 0.0  # what prepare_step() sets
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         super().__init__()
@@ -325,8 +323,7 @@ class GPT(nn.Module):
         for x, y in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = self.logits(x)
             narrow = logits.dtype == torch.bfloat16
-            loss = CrossEntropySum.apply(logits, y) if narrow else F.cross_entropy(logits, y, reduction="sum")
-            total = total + loss
+            total += CrossEntropySum.apply(logits, y) if narrow else F.cross_entropy(logits, y, reduction="sum")
         return total / len(targets)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -625,17 +622,16 @@ def start_or_resume(gpt_config: GPTConfig | None, config: TrainConfig, world: Wo
 def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: int, log: Log) -> tuple:
     """What train_step() calls, wrapped and compiled, and the config with the micro-batch that auto stands for."""
     world, T = log.world, model.config.block_size
-    plain: nn.Module = model
     model.recompute = config.recompute
     for module in (model, *model.transformer.h):
         module.dropout = config.dropout
+    step_model: nn.Module = torch.compile(model, dynamic=False) if config.compile else model
     if world.size > 1:
         with warnings.catch_warnings(action="ignore"):  # torch 2.13 has another name for the last one, 2.11 not
-            plain = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+            step_model = DistributedDataParallel(step_model, gradient_as_bucket_view=True, broadcast_buffers=False)
         # One graph, not one for each bucket, whose all-reduce it would hide.
         torch._dynamo.config.optimize_ddp = False
-    step_model = torch.compile(plain, dynamic=False) if config.compile else plain
-    size, seconds = config.micro_batch, 0.0
+    size, seconds, compiled = config.micro_batch, 0.0, config.compile
     if size == "auto":
         # A power of two, up to a rank's share; resumed, what it was: sums round alike.
         share = max(1, config.batch_tokens // T // world.size)
@@ -650,7 +646,7 @@ def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: i
         states = 0 if optimizer.state else 2  # as many as AdamW will keep
         _kept = [torch.empty_like(p) for p in model.parameters() for _ in range(states)]
         # Without DDP's all-reduce, for which a rank that fails would never come.
-        with nullcontext() if world.size == 1 else plain.no_sync():
+        with nullcontext() if world.size == 1 else step_model.no_sync():
             for _ in range(2):  # the second time beside the gradients of the first
                 began = time.perf_counter()
                 with world.autocast():
@@ -669,11 +665,15 @@ def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: i
         elif isinstance(error, MemoryError):
             fix = "take a smaller --micro_batch, --recompute, or a smaller model"
             raise UserError(f"out of memory: {size} sequences at a time do not fit this GPU: {fix}")
-        elif step_model is plain:
+        elif not compiled:
             raise error
         else:  # each backend has errors of its own
             warn(f"torch.compile does not work here, continuing without it ({one_line(error)})")
-            step_model = plain
+            compiled = False
+            if world.size > 1:
+                step_model.module = model
+            else:
+                step_model = model
     minutes = seconds * config.batch_tokens / T / world.size / 60
     if minutes > 1 and not world.on_gpu:
         warn(f"no GPU: on this CPU a step takes about {minutes:,.0f} minutes; --demo is made for one")
