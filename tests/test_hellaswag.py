@@ -213,10 +213,11 @@ def test_one_json_line_on_stdout_and_one_an_example_in_a_file(pretrained, tmp_pa
     assert all(np.argmax(e["scores"]) == e["prediction"] for e in each)
 
 
-def test_limit_takes_the_first_examples_and_style_is_heeded(pretrained, tmp_path, alone):
+def test_limit_takes_the_first_examples_and_style_is_heeded(pretrained, tmp_path, alone, monkeypatch):
     data = write(tmp_path / "rows.jsonl", ROWS)
     each = tmp_path / "each.jsonl"
-    _, out, _ = alone(pretrained[1], data, "--limit", 2, "--style", "harness", "--per_example", each)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, out, _ = alone(pretrained[1], data, "--limit", "2e0", "--style", "harness", "--per_example=~/each.jsonl")
     assert json.loads(out)["examples"] == 2
     assert json.loads(out)["normalization"] == "characters of the ending"
     assert [json.loads(line)["row"] for line in each.read_text().splitlines()] == [0, 1]
