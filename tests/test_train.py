@@ -284,6 +284,13 @@ def test_a_model_that_cannot_be_compiled_on_one_rank_trains_without_on_all(unbro
 # ---------------------------------------------------------------- stop and resume
 
 
+def test_tied_weights_are_written_once_from_a_gpu_too(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as from a GPU, it is another tensor each time
+    assert run_train(tiny_flags(shards, tmp_path / "log", max_steps=1, warmup_steps=0)) == 0
+    weights = newest(tmp_path / "log")["model"]
+    assert weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()
+
+
 @pytest.fixture
 def unbroken(shards, tmp_path):
     """The folder of a finished run of six steps, over two epochs, and its flags."""
