@@ -33,14 +33,15 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
+from support.cli import Parser, UserError, integer, one_line, run_script  # first, as support names the Python it needs
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 from support import readers
-from support.cli import Parser, UserError, integer, one_line, run_script
 from support.files import DAMAGE, prefetch, whole_file, whole_folder
-from support.readers import ask_hub, read_configs
 from support.tokens import END_OF_TEXT, RANKS_SHA256, cut, encode_document, find_shards, open_shard, tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -359,7 +360,7 @@ def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
     from huggingface_hub.errors import EntryNotFoundError
 
     hub, dataset, name = HfApi(), manifest.dataset, manifest.subset
-    commit = manifest.commit = ask_hub(hub.dataset_info, dataset, revision=manifest.revision).sha
+    commit = manifest.commit = readers.ask_hub(hub.dataset_info, dataset, revision=manifest.revision).sha
 
     def files_in(dataset: str, folder: str | None) -> dict[str, int]:
         with suppress(EntryNotFoundError):  # no such folder
@@ -367,18 +368,18 @@ def list_hub(manifest: Manifest) -> tuple[dict[str, int], dict[str, str]]:
             return {e.path: e.size for e in tree if hasattr(e, "size") and not PASSED_OVER.search(e.path)}
         return {}
 
-    configs = {} if "/" in name else ask_hub(read_configs, dataset, commit)  # no name of one has a slash
+    configs = {} if "/" in name else readers.ask_hub(readers.read_configs, dataset, commit)  # they have no slash
     if not name and len(configs) > 1:
         raise UserError(f"choose by --subset one of the configurations of {dataset}: {', '.join(configs)}")
     if name in configs or (configs and not name):
-        sizes, labels = ask_hub(files_in, dataset, None), {}
+        sizes, labels = readers.ask_hub(files_in, dataset, None), {}
         for split, pattern in configs[name or next(iter(configs))]:
             for path in sizes:
                 # As in a shell, * stays within a folder.
                 if fnmatchcase(path, pattern) and ("**" in pattern or path.count("/") == pattern.count("/")):
                     labels[path] = split or path
         return {path: sizes[path] for path in labels}, labels
-    sizes = ask_hub(files_in, dataset, name or None)
+    sizes = readers.ask_hub(files_in, dataset, name or None)
     tops = sorted({path.split("/")[0] for path in sizes})
     if manifest.revision == CONVERTED and not name and len(tops) > 1:
         raise UserError(f"choose by --subset one of the configurations of {dataset}: {', '.join(tops)}")
@@ -401,7 +402,7 @@ def fetch_files(manifest: Manifest, downloads: Path, keep: bool, end: int | None
     warnings.filterwarnings("ignore", "Not enough free disk space")  # it is an error soon enough
     folder = None if keep else downloads  # None is the Hub's own cache
     download = partial(hf_hub_download, repo_type="dataset", revision=manifest.commit, local_dir=folder)
-    for path in map(Path, prefetch(partial(ask_hub, download, manifest.dataset), left, ahead=1)):
+    for path in map(Path, prefetch(partial(readers.ask_hub, download, manifest.dataset), left, ahead=1)):
         yield path
         if not keep:
             path.unlink(missing_ok=True)

@@ -22,13 +22,15 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
+from support.cli import Parser, UserError, integer, one_line, run_script, warn  # first: it names the Python it needs
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
-from support.cli import Parser, UserError, integer, one_line, run_script, warn
 from support.files import DAMAGE, whole_file
 from support.readers import ask_hub, read_rows
 from support.tokens import END_OF_TEXT, encode_document
@@ -272,9 +274,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--limit", type=integer, help="take only the first so many rows")
     add("--per_example", type=home, help="file for one JSON object a line: scores and predictions of an example")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first there is)")
-    dtypes = ["auto", "bfloat16", "float16", "float32"]
-    add("--dtype", default="auto", choices=dtypes, help="(default: bfloat16 on CUDA)")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="auto: bfloat16 on CUDA")
     args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit} must be at least 1")
     each = args.per_example and Path(args.per_example)
     if each and (not each.parent.is_dir() or (each.exists() and not each.is_file())):
         parser.error(f"--per_example {each}: name a plain file in a folder that is there")

@@ -28,8 +28,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH=1 leaves out
 import fineweb
 from support.cli import Config, UserError, one_line, option, parse_configs, run_script, warn
@@ -139,8 +137,9 @@ DEMO = {
 KINDS = {"training": TrainConfig, "model": GPTConfig, "sampling": SampleConfig}
 PRESETS = {("optimizer", "muon"): MUON, ("demo", True): DEMO}
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse_configs(None, __doc__, PRESETS, KINDS)  # prints the help, and ends: to import torch takes seconds
+    run_script(partial(parse_configs, None, __doc__, PRESETS, KINDS), "train_gpt2.py")  # torch's import takes seconds
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -675,7 +674,7 @@ def prepare_step(model: GPT, optimizer: Optimizer, config: TrainConfig, start: i
             else:
                 step_model = model
     minutes = seconds * config.batch_tokens / T / world.size / 60
-    if minutes > 1 and not world.on_gpu:
+    if minutes > 1 and world.device.type == "cpu":
         warn(f"no GPU: on this CPU a step takes about {minutes:,.0f} minutes; --demo is made for one")
     if config.micro_batch == "auto":
         log.write("micro_batch", start, f"micro-batches of {size} sequences", size=size)

@@ -91,8 +91,11 @@ def from_nanogpt(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"cannot take weights from {path}: {what}")
     if "model_args" in state:
         warn(f"{path}: nanoGPT computes GELU by erf, this script by tanh, so losses may differ by a few thousandths")
-    weights = {name.removeprefix("_orig_mod."): w for name, w in state["model"].items()}
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): w for name, w in state["model"].items()}
     weights = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}  # the causal mask
+    embedding = weights["transformer.wte.weight"]
+    if not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
+        raise UserError(f"cannot take weights from {path}: its lm_head.weight is not its wte.weight, as GPT-2's is")
     fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
     return {"GPTConfig": {name: shape[name] for name in fields}, "TrainConfig": {}, "model": weights}
 
@@ -113,6 +116,7 @@ def newest(out_dir: str) -> dict[str, Any] | None:
 def check_same_run(state: dict[str, Any], gpt_config, config) -> None:
     """Raise UserError, naming the fields, if a run had other settings; without gpt_config, any shape will do."""
     saved = state["GPTConfig"] | state["TrainConfig"]
+    # Checkpoints from before --print_every have that order, or name theirs.
     if saved.get("order", "hashed" if "print_every" in saved else "numpy") == "numpy":
         what = f"the run in {config.out_dir} is an older version's, which shuffled in another way"
         raise UserError(f"{what}: give another --out_dir, and --init_from for its weights")

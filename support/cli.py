@@ -68,6 +68,8 @@ def exit_status(main: Callable[[], None], program: str) -> int:
 
 def run_script(main: Callable[[], None], program: str) -> NoReturn:
     """End the process with main()'s exit_status(), without a wait for threads that download or hang."""
+    if sys.stderr is None:  # closed; print() would take stdout for it, and tqdm fail
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it, and a closed one is None
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -117,6 +119,9 @@ def integer(text: str) -> int:
 
 def integer_or_auto(text: str) -> int | str:
     return text if text == "auto" else integer(text)
+
+
+integer_or_auto.__name__ = "integer or auto"  # as argparse calls it
 
 
 def option(default, help: str, min=None, fixed: bool = False, below=2**32):

@@ -29,6 +29,7 @@ def read_gpt2(name_or_dir: str) -> tuple[dict[str, int], dict[str, Tensor], list
     from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
     is_name = re.fullmatch(r"(distil)?gpt2(-medium|-large|-xl)?|\w[\w.-]*/[\w.-]+", name_or_dir)
     on_hub = is_name and not os.path.exists(name_or_dir.split("/")[0])  # log/run is a folder where log is
@@ -40,6 +41,8 @@ def read_gpt2(name_or_dir: str) -> tuple[dict[str, int], dict[str, Tensor], list
         c = GPT2Config.from_pretrained(name_or_dir)
         if c.activation_function == "gelu_pytorch_tanh":  # the same by another name
             c.activation_function = "gelu_new"
+        if c.n_inner == 4 * c.n_embd:  # which None stands for
+            c.n_inner = None
         if c.vocab_size not in (N_VOCAB, 50304) and c.vocab_size > N_VOCAB:
             raise ValueError(f"it has {c.vocab_size} tokens, GPT-2 has {N_VOCAB}")
         for key in SAME:

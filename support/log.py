@@ -4,7 +4,6 @@ import gc
 import importlib
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -49,8 +48,7 @@ class Log:
             left_over.unlink(missing_ok=True)
 
     def close(self) -> None:
-        if self.tracker:
-            self.tracker.finish()
+        self.track("finish")
         self.lock.release()
 
     def write(self, event: str, step: int, text: str = "", **values) -> None:
@@ -66,9 +64,8 @@ class Log:
         except OSError as error:
             error.filename = str(self.path)  # which a failed write doesn't tell
             raise
-        if self.tracker:
-            numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-            self.tracker.log({f"{event}/{key}": value for key, value in numbers.items()}, step=step)
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        self.track("log", {f"{event}/{key}": value for key, value in numbers.items()}, step=step)
 
     def begin(self, step: int, model, optimizer, data, config, sample_config) -> None:
         """Log settings, versions and facts; UserError if the run began with other shards."""
@@ -100,15 +97,27 @@ class Log:
             world.say(f"{len(model.token_ids):,} of {model.config.n_vocab:,} tokens occur; the others are masked")
 
     def begin_tracking(self, package: str, settings: dict) -> None:
-        """Begin a run of wandb or trackio, or go on with this log's; UserError if the package is missing."""
-        try:
-            self.tracker = importlib.import_module(package)
-        except ImportError:
-            raise UserError(f"--track {package}: run `pip install {package}` first") from None
+        """Begin a run of wandb or trackio, or go on with this log's; UserError if that can't be."""
         first = next(iter(read_log(self.path)["start"].values()))
         name = re.sub(r"\W+", "-", f"{self.path.resolve().parent.name}-{first.get('time', '')}")
-        os.environ["WANDB_RUN_ID"] = name  # to trackio the name is enough
-        self.tracker.init(project="train_gpt2", name=name, resume="allow", config=settings)
+        own_id = {"id": name} if package == "wandb" else {}  # to trackio the name is enough
+        try:
+            tracker = importlib.import_module(package)
+            tracker.init(project="train_gpt2", name=name, resume="allow", config=settings, **own_id)
+        except ImportError:
+            raise UserError(f"--track {package}: run `pip install {package}` first") from None
+        except Exception as error:  # no login, say
+            raise UserError(f"--track {package}: {one_line(error)}") from None
+        self.tracker = tracker
+
+    def track(self, action: str, *args, **kwargs) -> None:
+        """Have the tracker do something, if there is one; what it can't do ends no run."""
+        try:
+            if self.tracker:
+                getattr(self.tracker, action)(*args, **kwargs)
+        except Exception as error:
+            warn(f"continuing without --track: {one_line(error)}")
+            self.tracker = None
 
     def train(self, step: int, loss: float, norm: float, lr: float, tokens: int, seconds: float, left: int) -> None:
         """Log an update of so many tokens; `left` is how many are still to come."""

@@ -244,13 +244,13 @@ def listen_for_stop(requests: list[float], world: World) -> Iterator[Callable]:
 
     heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
     before = {number: signal.signal(number, lambda *_: None) for number in heard}
-    signal.set_wakeup_fd(sender.fileno())
+    fd_before = signal.set_wakeup_fd(sender.fileno())  # an event loop's, in a notebook
     threading.Thread(target=listen, daemon=True).start()
     try:
         yield alive
     finally:
         alive(math.inf)
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(fd_before)
         sender.close()
         for number, handler in before.items():
             signal.signal(number, handler)

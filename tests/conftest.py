@@ -171,7 +171,7 @@ def end(process: multiprocessing.Process, timeout: float) -> None:
 
 
 def run_forked(
-    argv: list, folder: Path, timeout: float = 120, cwd: str | None = None, ranks: int = 1, hook: str | None = None
+    argv: list, folder: Path, timeout: float = 600, cwd: str | None = None, ranks: int = 1, hook: str | None = None
 ) -> subprocess.CompletedProcess:
     """start_forked() to its end, of several ranks as torchrun would start them; the worst status of all."""
     processes, port = [], free_port()

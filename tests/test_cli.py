@@ -10,7 +10,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, newest, run_forked, run_train, tiny_flags, write_shards
+from conftest import ROOT, newest, run_forked, run_script, run_train, tiny_flags, write_shards
 
 import fineweb
 import hellaswag
@@ -96,6 +96,12 @@ def test_help_does_not_wait_for_torch(script):
     assert "torch" not in imported
 
 
+def test_a_bad_flag_beside_help_is_one_line():
+    result = run_script(["train_gpt2.py", "--max_steps", "three", "--help"])
+    assert result.returncode == 2
+    assert result.stderr == "train_gpt2.py: argument --max_steps: invalid integer value: 'three' (see --help)\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["--sample", "train"])
 def test_nothing_is_imported_that_the_mode_does_not_need(mode, shards, tmp_path):
@@ -139,7 +145,7 @@ def test_without_shards_the_default_command_says_what_to_run(tmp_path):
         ("--batch_tokens 0", "--batch_tokens 0"),
         ("--batch_tokens -524288", "--batch_tokens -524288"),
         ("--micro_batch 0", "--micro_batch 0"),
-        ("--micro_batch some", "some"),
+        ("--micro_batch some", "invalid integer or auto value: 'some'"),
         ("--block_size 0", "--block_size 0"),
         ("--vocab_size 0", "--vocab_size 0"),
         ("--n_layer 0", "--n_layer 0"),

@@ -328,7 +328,8 @@ def test_labels_may_be_numbers_and_empty_lines_are_passed_over(tmp_path):
     ("flags", "said", "status"),
     [
         (["--style", "best"], "invalid choice: 'best'", 2),
-        (["--limit", 0], "holds no examples", 1),
+        (["--limit", 0], "--limit 0 must be at least 1", 2),
+        (["--limit", -1], "--limit -1 must be at least 1", 2),
         (["--limits", 5], "unrecognized arguments: --limits 5", 2),
         (["--dtype", "half"], "invalid choice: 'half'", 2),
         (["--device", "gpu"], "--device gpu", 2),

@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -54,7 +55,8 @@ def test_a_pipe_whose_reader_dies_ends_no_run_and_costs_no_checkpoint(shards, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["| head -n 1", ">&-", ">&- 2>&-", ">/dev/full"])
 def test_a_closed_or_full_output_ends_no_run(shards, tmp_path, closed):
-    command = " ".join([sys.executable, str(ROOT / "train_gpt2.py"), *tiny_flags(shards, tmp_path / "log")])
+    flags = tiny_flags(shards, tmp_path / "log", mask_unseen=True)  # which shows a bar
+    command = " ".join([sys.executable, str(ROOT / "train_gpt2.py"), *flags])
     result = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert result.stderr == ""
@@ -153,6 +155,18 @@ def test_main_runs_again_in_a_process_in_which_it_was_interrupted(shards, tmp_pa
     assert handlers == [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL]
 
 
+def test_an_event_loop_hears_its_signals_again_after_a_run(shards, tmp_path):
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno())
+        try:
+            assert run_train(tiny_flags(shards, tmp_path / "log")) == 0
+            assert signal.set_wakeup_fd(before) == sender.fileno()
+        finally:
+            signal.set_wakeup_fd(before)
+
+
 def test_main_runs_in_a_thread_where_no_signal_is_heard(shards, tmp_path):
     found = []
     thread = threading.Thread(target=lambda: found.append(run_train(tiny_flags(shards, tmp_path / "log"))))
@@ -223,8 +237,9 @@ def test_a_file_system_without_locks_is_a_warning(shards, tmp_path, monkeypatch,
     assert f"warning: no lock keeps other runs out of {tmp_path / 'log'}: " in capsys.readouterr().err
 
 
-def test_an_older_python_is_told_so_in_one_line():
-    program = "import sys; sys.version_info = (3, 10, 1); import support"
+@pytest.mark.parametrize("script", ["train_gpt2", "fineweb", "hellaswag"])
+def test_an_older_python_is_told_so_in_one_line_before_all_else(script):
+    program = f"import sys; sys.version_info = (3, 10, 1); sys.modules['numpy'] = None; import {script}"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("Python 3.11 or later is needed, and this is 3.")

@@ -226,7 +226,9 @@ def assert_same_logits(ours: GPT, theirs: GPT2LMHeadModel) -> None:
         torch.testing.assert_close(ours(x)[..., :50257], theirs(x).logits[..., :50257], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"vocab_size": 50304}, {"activation_function": "gelu_pytorch_tanh"}])
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 50304}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 64}]
+)
 def test_a_padded_vocabulary_and_gelu_by_another_name_are_taken(tmp_path, changes):
     theirs = saved_gpt2(tmp_path, **changes)
     ours = GPT.from_pretrained(str(tmp_path))
@@ -275,6 +277,24 @@ def test_checkpoints_of_nanogpt_and_build_nanogpt_are_taken(tmp_path, capsys, ki
     assert found.config == model.config
     assert torch.equal(found(tokens(2, 16)), model(tokens(2, 16)))
     assert ("computes GELU by erf" in capsys.readouterr().err) == (kind == "nanoGPT")
+
+
+@pytest.mark.parametrize("change", ["no head", "another head", "of DDP"])
+def test_checkpoints_of_nanogpt_have_a_head_that_is_the_embedding(tmp_path, change):
+    model = GPT(dataclasses.replace(TINY, vocab_size=50304, n_layer=1))
+    path = nanogpts(model, "nanoGPT", tmp_path)
+    state = torch.load(path)
+    head = state["model"].pop("_orig_mod.lm_head.weight")
+    if change == "another head":
+        state["model"]["_orig_mod.lm_head.weight"] = head + 1
+    if change == "of DDP":
+        state["model"] = {f"module.{name}": w for name, w in state["model"].items()}
+    torch.save(state, path)
+    if change == "another head":
+        with pytest.raises(UserError, match=r"its lm_head\.weight is not its wte\.weight"):
+            load_model(str(path))
+    else:
+        assert torch.equal(load_model(str(path))(tokens(2, 16)), model(tokens(2, 16)))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -209,6 +210,7 @@ def test_what_the_log_gets_is_tracked_and_a_resumed_run_goes_on_in_the_same(shar
     stop_after(3, flags)
     assert run_train(flags) == 0
     assert begun[0]["name"] == begun[1]["name"]
+    assert begun[0].get("id") == (begun[0]["name"] if package == "wandb" else None)
     assert begun[0]["finished"]
     assert begun[1]["finished"]
     assert begun[0]["resume"] == begun[1]["resume"] == "allow"
@@ -217,6 +219,26 @@ def test_what_the_log_gets_is_tracked_and_a_resumed_run_goes_on_in_the_same(shar
     assert sent[6]["val/loss"] == read_log(tmp_path / "log" / "log.jsonl")["val"][6]["loss"]
     assert run_train(tiny_flags(shards, tmp_path / "other", track=package)) == 0
     assert begun[2]["name"] != begun[0]["name"]
+
+
+@pytest.mark.parametrize("what", ["init", "log", "finish"])
+def test_what_fails_in_tracking_is_one_line_and_ends_no_run_that_has_begun(shards, tmp_path, monkeypatch, capsys, what):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no API key\nconfigured")
+
+    module = types.ModuleType("wandb")
+    module.init = module.log = module.finish = lambda *args, **kwargs: None
+    setattr(module, what, fail)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    flags = tiny_flags(shards, tmp_path / "log", track="wandb")
+    begins = what == "init"
+    assert run_train(flags) == (1 if begins else 0)
+    said = "train_gpt2.py: --track wandb" if begins else "warning: continuing without --track"
+    assert capsys.readouterr().err == f"{said}: no API key configured\n"
+    assert ("train" in read_log(tmp_path / "log" / "log.jsonl")) == (not begins)
+    assert "WANDB_RUN_ID" not in os.environ
+    module.init = lambda *args, **kwargs: None
+    assert run_train(flags) == 0  # no lock is left
 
 
 def test_a_package_for_tracking_that_is_missing_is_one_line(shards, tmp_path, monkeypatch, capsys):
