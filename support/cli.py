@@ -161,7 +161,7 @@ def how_to_parse(name: str, kind) -> dict[str, Any]:
     if kind == int | Literal["auto"]:
         return {"type": integer_or_auto, "metavar": "N"}
     if get_args(kind):  # of a Literal
-        return {"choices": get_args(kind)}
+        return {"choices": get_args(kind), "metavar": "|".join(filter(None, get_args(kind)))}
     if kind is float:
         return {"type": float, "metavar": "FLOAT"}
     metavar = "DIR" if name.endswith("_dir") else "TEXT"
