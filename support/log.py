@@ -48,8 +48,8 @@ class Log:
             left_over.unlink(missing_ok=True)
 
     def close(self) -> None:
+        self.lock.release()  # first, as who waits for a tracker's network may interrupt it
         self.track("finish")
-        self.lock.release()
 
     def write(self, event: str, step: int, text: str = "", **values) -> None:
         """Append a line to the file, and say the text."""
